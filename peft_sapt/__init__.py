@@ -1,0 +1,35 @@
+"""SAPT for PEFT: a pool of LoRA blocks under a shared attention, for language models that must keep learning.
+
+Importing this package makes "SAPT" a PEFT method. ``PeftModel`` and the ``AutoPeftModel`` classes are re-exported so
+that one import serves both.
+"""
+
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSeq2SeqLM, PeftModel
+
+from .registration import add_peft_type
+
+add_peft_type()
+
+from .config import SaptConfig  # noqa: E402
+from .layer import SaptLayer  # noqa: E402
+from .model import SaptModel  # noqa: E402
+from .optimizer import create_optimizer, optimizer_groups  # noqa: E402
+from .reflection import ArmCallback, GeneratorSettings  # noqa: E402
+from .registration import register  # noqa: E402
+from .version import __version__  # noqa: E402
+
+register(SaptConfig, SaptModel)
+
+__all__ = [
+    "ArmCallback",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForSeq2SeqLM",
+    "GeneratorSettings",
+    "PeftModel",
+    "SaptConfig",
+    "SaptLayer",
+    "SaptModel",
+    "__version__",
+    "create_optimizer",
+    "optimizer_groups",
+]

@@ -1,0 +1,150 @@
+"""Shared attention: pooled prompt embedding -> query -> softmax over the tasks' keys -> one weight per task."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import SaptConfig
+from .pool import PoolModule, linear_from
+
+LAYER_NORM_EPS = 1e-5
+
+
+def max_pool(embeddings: Tensor, mask: Tensor) -> Tensor:
+    """Element-wise max over the positions where ``mask`` is True (SAPT, section 3.2).
+
+    Args:
+        embeddings: [B, S, d].
+        mask: [B, S], bool.
+
+    Returns:
+        [B, d] in float32; rows without any position are NaN, so that nobody mistakes them for a prompt.
+    """
+    masked = embeddings.float().masked_fill(~mask.unsqueeze(-1), -torch.inf)
+    pooled = masked.amax(dim=1)
+    return pooled.masked_fill(~mask.any(dim=1, keepdim=True), torch.nan)
+
+
+class SharedAttention(nn.Module, PoolModule):
+    """Query projection and keys of every pool on one base model, with what ARM needs to keep of old tasks.
+
+    Per adapter:
+        - ``sapt_query_down`` [query_dim, d], ``sapt_query_up`` [d, query_dim], ``sapt_query_norm``: trainable, carried
+          from task to task.
+        - ``sapt_key`` [1, d]: key of the newest task. ``sapt_old_keys`` [T - 1, d]: frozen.
+        - ``sapt_targets`` [T, T]: row t is the mean attention over task t's own inputs at its commit (zero for tasks
+          that came later); a zero row says that task t is not committed.
+        - ``sapt_replay`` [N, d]: max-pooled embeddings of the replay rows of all tasks, in the order of
+          ``SaptConfig.replay_rows``. The query needs nothing else of a prompt, so no text has to be kept.
+    """
+
+    adapter_layer_names = ("sapt_query_down", "sapt_query_up", "sapt_query_norm", "sapt_key")
+    other_param_names = ("sapt_old_keys", "sapt_targets", "sapt_replay")
+    stacks = {"sapt_key": ("sapt_old_keys", 0)}
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in self.adapter_layer_names + self.other_param_names:
+            setattr(self, name, nn.ModuleDict())
+        self.configs: dict[str, SaptConfig] = {}
+        self.router: Any = None  # the PromptRouter that computes with this module
+        self._disable_adapters = False
+        self.merged_adapters = []
+        self._active_adapter = []
+
+    @property
+    def weight(self) -> Tensor:
+        """PEFT asks a tuner layer for its base layer's weight; the attention has none, its projection stands in."""
+        return next(self.sapt_query_down.parameters())
+
+    @property
+    def bias(self) -> None:
+        return None
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        if device is not None:
+            for name in self.adapter_layer_names + self.other_param_names:
+                if adapter_name in getattr(self, name):
+                    getattr(self, name)[adapter_name].to(device)
+
+    def update_layer(self, adapter: str, config: SaptConfig, device: torch.device | None) -> None:
+        """Build the parts of ``adapter`` for the tasks in ``config``, in float32."""
+        d, tasks = config.token_dim, config.tasks
+        if d is None or tasks is None:
+            raise ValueError("SaptConfig.token_dim and tasks must be set before the attention is built.")
+        self.configs[adapter] = config
+        self.sapt_query_down[adapter] = nn.Linear(d, config.query_dim, bias=False, device=device)
+        self.sapt_query_up[adapter] = nn.Linear(config.query_dim, d, bias=False, device=device)
+        self.sapt_query_norm[adapter] = nn.LayerNorm(d, eps=LAYER_NORM_EPS, device=device)
+        self.sapt_key[adapter] = linear_from(new_key(d, device))
+        if len(tasks) > 1:
+            self.sapt_old_keys[adapter] = linear_from(torch.cat([new_key(d, device) for _ in tasks[1:]]))
+        self.sapt_targets[adapter] = linear_from(torch.zeros(len(tasks), len(tasks), device=device))
+        rows = sum(config.replay_rows or [])
+        if rows:
+            self.sapt_replay[adapter] = linear_from(torch.zeros(rows, d, device=device))
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.configs.pop(adapter_name, None)
+
+    def keys(self, adapter: str) -> Tensor:
+        """Keys of all tasks, oldest first, [T, d]; only the last row takes a gradient."""
+        newest = self.sapt_key[adapter].weight
+        if adapter not in self.sapt_old_keys:
+            return newest
+        return torch.cat([self.sapt_old_keys[adapter].weight, newest])
+
+    def query(self, pooled: Tensor, adapter: str) -> Tensor:
+        """LayerNorm(SiLU(W_up W_down e)), or with the SiLU between the two (SAPT, Eq. 1): [..., d] -> [..., d]."""
+        down, up = self.sapt_query_down[adapter], self.sapt_query_up[adapter]
+        x = down(pooled.to(down.weight.dtype))  # [..., query_dim]
+        if self.configs[adapter].query_activation == "between":
+            x = up(F.silu(x))
+        else:
+            x = F.silu(up(x))
+        return self.sapt_query_norm[adapter](x)
+
+    def log_weights(self, pooled: Tensor, adapter: str) -> Tensor:
+        """Log of softmax_t(k_t . q / (temperature * sqrt(d))) (SAPT, Eq. 2): [..., d] -> [..., T], float32."""
+        config = self.configs[adapter]
+        with torch.autocast(device_type=pooled.device.type, enabled=False):
+            q = self.query(pooled, adapter)  # [..., d]
+            keys = self.keys(adapter).to(q.dtype)  # [T, d]
+            scores = q @ keys.T / (config.temperature * math.sqrt(keys.shape[-1]))
+            return F.log_softmax(scores.float(), dim=-1)
+
+    def targets(self, adapter: str) -> Tensor:
+        """Mean attention of each task over its own inputs at its commit, [T, T]."""
+        return self.sapt_targets[adapter].weight.data
+
+    def committed(self, adapter: str) -> list[bool]:
+        """For each task, oldest first, whether it has been committed."""
+        return (self.targets(adapter).sum(dim=1) > 0).tolist()
+
+    def replay(self, adapter: str) -> list[Tensor]:
+        """Pooled replay embeddings of each task, oldest first, each [n_t, d]; n_t may be 0."""
+        counts = self.configs[adapter].replay_rows or []
+        if adapter not in self.sapt_replay:
+            empty = self.sapt_query_down[adapter].weight.new_zeros(0, self.configs[adapter].token_dim or 0)
+            return [empty for _ in counts]
+        return list(self.sapt_replay[adapter].weight.data.split(counts))
+
+    def set_replay(self, adapter: str, rows: list[Tensor]) -> None:
+        """Keep ``rows`` ([n_t, d] of each task) in place of what was kept."""
+        self.configs[adapter].replay_rows = [len(r) for r in rows]
+        kept = torch.cat(rows)
+        if len(kept):
+            self.sapt_replay[adapter] = linear_from(kept)
+        elif adapter in self.sapt_replay:
+            del self.sapt_replay[adapter]
+
+
+def new_key(d: int, device: torch.device | None) -> Tensor:
+    """A key as the paper's release starts it: uniform in (-1, 1), [1, d]."""
+    return torch.empty(1, d, device=device).uniform_(-1, 1)

@@ -1,0 +1,210 @@
+"""SaptConfig: what a pool is made of. Saved as ``adapter_config.json``, atomically."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft.config import PeftConfig
+from peft.utils import CONFIG_NAME, PeftType
+
+from .card import add_usage
+from .errors import SaptError, TaskError
+from .files import share_weights_file, write_atomically
+
+
+def check_task_name(name: object) -> str:
+    """Return ``name`` if it can name a task, else raise [`TaskError`].
+
+    A name becomes part of file names and of JSON, and must never be mistaken for an index.
+    """
+    cure = "Use a short text such as 'agnews' or 'task_1'."
+    if not isinstance(name, str):
+        raise TaskError(f"A task name must be a str, got {name!r} of type {type(name).__name__}. {cure}")
+    if not name.strip():
+        raise TaskError(f"A task name must not be empty, got {name!r}. {cure}")
+    if name.isdigit():
+        raise TaskError(f"Task name {name!r} is all digits and would read as an index. {cure}")
+    if any(c in "/\\." or not c.isprintable() for c in name) or name != name.strip() or len(name) > 128:
+        raise TaskError(
+            f"Task name {name!r} has a slash, a dot, an unprintable character, outer whitespace or more than 128 "
+            f"characters. {cure}"
+        )
+    return name
+
+
+@dataclass
+class SaptConfig(PeftConfig):
+    """Configuration of a [`SaptModel`]: one adapter that holds a pool of LoRA blocks and the attention over them.
+
+    Method: *SAPT: A Shared Attention Framework for Parameter-Efficient Continual Learning of LLMs* (ACL 2024,
+    arXiv 2401.08295). Defaults are the paper's where its release names a value (``r=4``, ``lora_alpha=32``,
+    ``lora_dropout=0``, ``query_dim=100``), otherwise those of PEFT's LoRA.
+
+    Example:
+
+    ```py
+    >>> from peft import get_peft_model
+    >>> from peft_sapt import SaptConfig
+
+    >>> model = get_peft_model(base, SaptConfig(task_type="CAUSAL_LM", task_name="agnews"))
+    >>> model.add_task("dbpedia")
+    >>> model.tasks
+    ['agnews', 'dbpedia']
+    ```
+
+    Raises:
+        SaptError: a field has a value outside its range; the message names the field.
+        TaskError: a task name is malformed or given twice.
+    """
+
+    task_name: str | None = field(
+        default=None, metadata={"help": "Name of the task to train first (of the newest one, in a pool of several)."}
+    )
+    r: int = field(default=4, metadata={"help": "Rank of each block; `add_task(..., r=...)` overrides it."})
+    lora_alpha: float = field(default=32, metadata={"help": "Each block is scaled by lora_alpha / r."})
+    lora_dropout: float = field(
+        default=0.0, metadata={"help": "Dropout on the input of the block that trains; frozen blocks see no dropout."}
+    )
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Names, or one regex, of the modules to adapt; by default PEFT's LoRA mapping for the architecture."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names, or one regex, of modules to leave alone."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers to adapt; all of them by default."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the layer list, if layers_to_transform needs it."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules outside the pool to train and save in full."}
+    )
+    init_weights: bool = field(
+        default=True,
+        metadata={"help": "True: a new block is the identity (B = 0). False: random, non-zero blocks, for tests."},
+    )
+    block: str = field(default="lora", metadata={"help": "Kind of block; 'lora' is the one available."})
+    router: str = field(default="attention", metadata={"help": "Kind of router; 'attention' is the one available."})
+    query_dim: int = field(default=100, metadata={"help": "Width of the bottleneck of the query projection."})
+    query_activation: str = field(
+        default="after",
+        metadata={
+            "help": "'after': LayerNorm(SiLU(W_up W_down e)), as released; 'between': LayerNorm(W_up SiLU(W_down e)), "
+            "as in the paper's Eq. 1."
+        },
+    )
+    temperature: float = field(
+        default=1.0, metadata={"help": "Scores are divided by temperature * sqrt(token_dim) before the softmax."}
+    )
+    old_block_gradient: bool = field(
+        default=True,
+        metadata={"help": "Let the gradient flow through frozen blocks to lower layers. False cuts it, as released."},
+    )
+    pool_padding: bool = field(
+        default=False,
+        metadata={
+            "help": "Let padding enter the max-pool, as released: a row's weights then depend on its batch mates."
+        },
+    )
+    token_dim: int | None = field(
+        default=None, metadata={"help": "Width of the token embeddings; read from the base model if not given."}
+    )
+    tasks: list[str] | None = field(
+        default=None, metadata={"help": "Names of all tasks of the pool, oldest first; the last one is trainable."}
+    )
+    task_ranks: list[int] | None = field(default=None, metadata={"help": "Rank of each task's block."})
+    task_alphas: list[float] | None = field(default=None, metadata={"help": "lora_alpha of each task's block."})
+    replay_rows: list[int] | None = field(
+        default=None, metadata={"help": "Number of replay rows kept in the pool for each task."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType["SAPT"]
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise SaptError("layers_pattern is given without layers_to_transform: give both, or neither.")
+        self._check_ranges()
+        self._check_tasks()
+
+    def _check_ranges(self) -> None:
+        checks: list[tuple[str, bool, str]] = [
+            ("r", isinstance(self.r, int) and self.r > 0, "a positive int"),
+            ("lora_alpha", _positive(self.lora_alpha), "a positive number"),
+            ("lora_dropout", _number(self.lora_dropout) and 0 <= self.lora_dropout < 1, "a number in [0, 1)"),
+            ("block", self.block == "lora", "'lora'"),
+            ("router", self.router == "attention", "'attention'"),
+            ("query_dim", isinstance(self.query_dim, int) and self.query_dim > 0, "a positive int"),
+            ("query_activation", self.query_activation in ("after", "between"), "'after' or 'between'"),
+            ("temperature", _positive(self.temperature), "a positive number"),
+        ]
+        for name, valid, wanted in checks:
+            if not valid:
+                raise SaptError(f"SaptConfig.{name} must be {wanted}, got {getattr(self, name)!r}.")
+
+    def _check_tasks(self) -> None:
+        if self.tasks is None:
+            self.tasks = [self.task_name if self.task_name is not None else "task_1"]
+        elif isinstance(self.tasks, str) or not list(self.tasks):
+            raise TaskError(f"SaptConfig.tasks must be a non-empty list of names, got {self.tasks!r}.")
+        self.tasks = [check_task_name(name) for name in self.tasks]
+        if len(set(self.tasks)) != len(self.tasks):
+            raise TaskError(f"SaptConfig.tasks holds a name twice: {self.tasks}. Give each task its own name.")
+        if self.task_name is not None and self.task_name != self.tasks[-1]:
+            raise TaskError(
+                f"SaptConfig.task_name is {self.task_name!r}, but the last of tasks, the one that trains, is "
+                f"{self.tasks[-1]!r}: leave task_name out, or give the same name."
+            )
+        self.task_name = self.tasks[-1]
+        count = len(self.tasks)
+        self.task_ranks = [self.r] * count if self.task_ranks is None else list(self.task_ranks)
+        self.task_alphas = [self.lora_alpha] * count if self.task_alphas is None else list(self.task_alphas)
+        self.replay_rows = [0] * count if self.replay_rows is None else list(self.replay_rows)
+        for name in ("task_ranks", "task_alphas", "replay_rows"):
+            values = getattr(self, name)
+            low = 0 if name == "replay_rows" else 1e-12
+            if len(values) != count or not all(_number(v) and v >= low for v in values):
+                raise SaptError(f"SaptConfig.{name} must hold one number for each of the {count} tasks, got {values!r}.")
+
+    @property
+    def scalings(self) -> list[float]:
+        """lora_alpha / r of each task, oldest first."""
+        return [a / r for a, r in zip(self.task_alphas or [], self.task_ranks or [], strict=True)]
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Write ``adapter_config.json`` by a temporary file and a rename, then finish what PEFT wrote around it.
+
+        PEFT calls this last, after the weights and the model card; so this is where the weights file gets the
+        permissions of the user's umask and the card its loading instructions.
+        """
+        if os.path.isfile(save_directory):
+            raise SaptError(f"{save_directory} is a file: save_pretrained needs a folder.")
+        os.makedirs(save_directory, exist_ok=True)
+        values = self.to_dict()
+        auto_mapping = kwargs.pop("auto_mapping_dict", None)
+        if auto_mapping is not None:
+            values["auto_mapping"] = auto_mapping
+        values = {key: sorted(v) if isinstance(v, set) else v for key, v in values.items()}
+        text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+        write_atomically(os.path.join(save_directory, CONFIG_NAME), text.encode())
+        share_weights_file(save_directory)
+        add_usage(save_directory, self.tasks or [])
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _positive(value: object) -> bool:
+    return _number(value) and value > 0  # type: ignore[operator]

@@ -1,0 +1,72 @@
+"""Metrics of continual learning as pure functions of a score matrix.
+
+``R`` is T x T, in percent: row i holds the scores on all tasks after stage i, so R[i][j] is the score on task j after
+learning task i. Entries above the diagonal (tasks not learned yet) are not used and may be NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+def score_matrix(R: ArrayLike) -> NDArray[np.float64]:
+    """``R`` as a float array, checked.
+
+    Raises:
+        ValueError: not square, empty, or a score on or below the diagonal is NaN or infinite.
+    """
+    matrix = np.asarray(R, dtype=np.float64)
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.size:
+        raise ValueError(f"R must be a T x T array with T >= 1, got shape {matrix.shape}.")
+    if not np.isfinite(np.tril(matrix)[np.tril_indices(len(matrix))]).all():
+        raise ValueError("R has a missing or infinite score on or below the diagonal: evaluate every task learned so far.")
+    return matrix
+
+
+def average_performance(R: ArrayLike) -> float:
+    """AP: mean score over all tasks after the last stage (SAPT, section 4.1)."""
+    return float(score_matrix(R)[-1].mean())
+
+
+def forgetting_rate(R: ArrayLike) -> float:
+    """F.Ra: mean over the first T - 1 tasks of (best score up to stage T - 1) - (final score); 0 for T = 1.
+
+    SAPT, section 4.1. Negative where a task ends above every earlier score of it.
+    """
+    matrix = score_matrix(R)
+    count = len(matrix)
+    if count == 1:
+        return 0.0
+    return float(np.mean([matrix[j : count - 1, j].max() - matrix[-1, j] for j in range(count - 1)]))
+
+
+def backward_transfer(R: ArrayLike, divisor: Literal["paper", "textbook"] = "paper") -> float:
+    """BWT: sum over tasks of (final score) - (score right after learning it), over T ("paper") or T - 1 ("textbook").
+
+    The paper's published numbers, like its release, divide by T; Lopez-Paz and Ranzato (2017) divide by T - 1.
+    0 for T = 1.
+    """
+    matrix = score_matrix(R)
+    if divisor not in ("paper", "textbook"):
+        raise ValueError(f"divisor must be 'paper' or 'textbook', got {divisor!r}.")
+    count = len(matrix)
+    if count == 1:
+        return 0.0
+    return float((matrix[-1] - matrix.diagonal()).sum() / (count if divisor == "paper" else count - 1))
+
+
+def forward_transfer(R: ArrayLike, single: Sequence[float] | ArrayLike) -> float:
+    """FWT: mean over tasks of (score right after learning it) - (score of a model trained on it alone).
+
+    Args:
+        single: T measured single-task scores, in percent.
+    """
+    matrix = score_matrix(R)
+    alone = np.asarray(single, dtype=np.float64)
+    if alone.shape != (len(matrix),) or not np.isfinite(alone).all():
+        raise ValueError(f"single must hold {len(matrix)} finite scores, got {single!r}.")
+    return float((matrix.diagonal() - alone).mean())

@@ -1,0 +1,25 @@
+"""Exceptions of peft_sapt: each message names what was wrong, where, and what to do about it."""
+
+
+class SaptError(ValueError):
+    """Base class of every error that peft_sapt raises for bad input."""
+
+
+class TaskError(SaptError):
+    """A task name is malformed, unknown, already taken, or not the one that may be trained now."""
+
+
+class PromptError(SaptError):
+    """The prompt tokens of a row, from which its attention query is computed, cannot be determined."""
+
+
+class WeightsError(SaptError):
+    """Attention weights given by the caller, or kept with a cache, do not fit the pool or the batch."""
+
+
+class PoolFormatError(SaptError):
+    """A saved pool contradicts itself, its config, or the base model it is loaded onto."""
+
+
+class ReflectionError(SaptError):
+    """The attentive reflection module cannot do its work: no replay rows, too few pseudo-samples, ..."""

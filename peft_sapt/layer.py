@@ -1,0 +1,115 @@
+"""SaptLayer: a frozen linear layer plus the weighted sum of all blocks of the pool."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import _get_in_out_features
+from torch import Tensor, nn
+
+from .config import SaptConfig
+from .errors import WeightsError
+from .ops import gated_lora
+from .pool import PoolModule, linear_from
+from .routing import Routing
+
+
+class SaptLayer(PoolModule):
+    """Per adapter: ``sapt_A`` [r, in] and ``sapt_B`` [out, r] of the newest task, and the frozen blocks of the older
+    ones stacked along the rank axis, ``sapt_old_A`` [R_old, in] and ``sapt_old_B`` [out, R_old]."""
+
+    adapter_layer_names = ("sapt_A", "sapt_B")
+    other_param_names = ("sapt_old_A", "sapt_old_B")
+    stacks = {"sapt_A": ("sapt_old_A", 0), "sapt_B": ("sapt_old_B", 1)}
+
+    def __init__(self, base_layer: nn.Module, routing: Routing) -> None:
+        self.base_layer = base_layer
+        for name in self.adapter_layer_names + self.other_param_names:
+            setattr(self, name, nn.ModuleDict())
+        self.sapt_dropout = nn.ModuleDict()
+        self.routing = routing
+        self.configs: dict[str, SaptConfig] = {}
+        self._disable_adapters = False
+        self.merged_adapters = []
+        in_features, out_features = _get_in_out_features(self.get_base_layer())
+        if in_features is None or out_features is None:
+            raise TypeError(
+                f"Layer of type {type(self.get_base_layer()).__name__} has no known in and out features, so SAPT cannot "
+                "adapt it: take it out of target_modules."
+            )
+        self.in_features, self.out_features = in_features, out_features
+
+    def update_layer(self, adapter: str, config: SaptConfig) -> None:
+        """Build a block for each task in ``config``."""
+        self.configs[adapter] = config
+        blocks = [self.new_block(rank, config.init_weights) for rank in config.task_ranks or []]
+        *old, newest = blocks
+        for name in self.adapter_layer_names:
+            getattr(self, name)[adapter] = linear_from(newest[name])
+            old_name, dim = self.stacks[name]
+            if old:
+                getattr(self, old_name)[adapter] = linear_from(torch.cat([block[name] for block in old], dim))
+        if config.lora_dropout > 0:
+            self.sapt_dropout[adapter] = nn.Dropout(config.lora_dropout)
+        self._move_adapter_to_device_of_base_layer(adapter)
+
+    def new_block(self, rank: int, identity: bool = True) -> dict[str, Tensor]:
+        """A and B as LoRA starts them: A Kaiming-uniform, B zero (or random, for tests)."""
+        a = torch.empty(rank, self.in_features)
+        b = torch.zeros(self.out_features, rank)
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        if not identity:
+            nn.init.normal_(b, std=1 / math.sqrt(self.in_features))
+        return {"sapt_A": a, "sapt_B": b}
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.configs.pop(adapter_name, None)
+        if adapter_name in self.sapt_dropout:
+            del self.sapt_dropout[adapter_name]
+
+
+class Linear(nn.Module, SaptLayer):
+    """SAPT on a linear layer: nn.Linear, transformers' Conv1D, or a quantised linear."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: SaptConfig, routing: Routing) -> None:
+        super().__init__()
+        SaptLayer.__init__(self, base_layer, routing)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # x [B, S, in] -> [B, S, out]
+        base = self.base_layer(x, *args, **kwargs)
+        adapter = next((a for a in self.active_adapters if a in self.sapt_A), None)
+        if self.disable_adapters or adapter is None:
+            return base
+        gates = self.gates_for(x)  # [B, R]
+        a, b = self.sapt_A[adapter].weight, self.sapt_B[adapter].weight
+        old_a = self.sapt_old_A[adapter].weight if adapter in self.sapt_old_A else None
+        old_b = self.sapt_old_B[adapter].weight if adapter in self.sapt_old_B else None
+        x = x if torch.is_autocast_enabled(x.device.type) else x.to(a.dtype)
+        new_x = self.sapt_dropout[adapter](x) if adapter in self.sapt_dropout else None
+        result = gated_lora(
+            x, base, old_a, old_b, a, b, gates, old_gradient=self.configs[adapter].old_block_gradient, new_x=new_x
+        )
+        return result.to(base.dtype)
+
+    def gates_for(self, x: Tensor) -> Tensor:
+        gates = self.routing.gates
+        if gates is None:
+            raise WeightsError(
+                "A SAPT layer ran outside of the model's own forward, so no attention weights are known. Call the whole "
+                "model. (Gradient checkpointing, which reruns layers alone, is not supported yet: switch it off.)"
+            )
+        if gates.shape[0] != x.shape[0]:
+            raise WeightsError(
+                f"A SAPT layer got {x.shape[0]} rows, but attention weights for {gates.shape[0]}: its module mixes or "
+                "flattens rows (MoE experts, packed tokens). Take it out of target_modules."
+            )
+        return gates
+
+    def __repr__(self) -> str:
+        return "sapt." + super().__repr__()

@@ -1,0 +1,239 @@
+"""SaptModel: the PEFT tuner. Injects the layers and the shared attention, and owns the ways in and out of a model."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .attention import SharedAttention
+from .config import SaptConfig
+from .errors import PoolFormatError, SaptError, TaskError
+from .layer import Linear, SaptLayer
+from .pool import PoolModule
+from .pool_io import MANIFEST, build_manifest, check_loaded, read_manifest
+from .routing import KEPT, SAPT_ARGUMENTS, PromptRouter, Routing, batch_of, spread
+from .tasks import TaskPool, seal_from_targets
+
+try:  # accelerate is PEFT's own dependency; a private move there must not break the import
+    from accelerate import init_empty_weights
+except ImportError:  # pragma: no cover
+    init_empty_weights = None
+
+
+class SaptModel(TaskPool, BaseTuner):
+    """A base model with one or more pools of LoRA blocks under a shared attention (SAPT, ACL 2024).
+
+    Built by ``get_peft_model(model, SaptConfig(...))``; its methods are reachable on the [`PeftModel`] around it.
+
+    ``forward`` and ``generate`` take three arguments of their own:
+        - ``sapt_prompt_mask`` [B, S]: True on the tokens that form the query, by default the attended ones before the
+          first supervised label.
+        - ``sapt_weights`` [B, T] (or [T]): use these weights instead of the attention's.
+        - ``sapt_task``: a task's name, or one per row; its block alone answers. In training only the current task.
+
+    Raises:
+        PoolFormatError: the base model's embeddings have another width than those the pool was made for.
+        TaskError, PromptError, WeightsError: as the methods say.
+    """
+
+    prefix = "sapt_"
+    tuner_layer_cls = PoolModule
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    # --- building -----------------------------------------------------------------------------------------------
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        if adapter_name.isdigit():
+            raise SaptError(f"Adapter name {adapter_name!r} is all digits, which PEFT confuses with layer indices.")
+        # the pool grows by changing its config, so it must not be the caller's object
+        config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        embedding = embedding_weight(model)
+        config.token_dim = checked_token_dim(config.token_dim, embedding)
+        known = getattr(model, "shared_attention", None)
+        self._routing: Routing = Routing() if known is None else known.router.routing
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        if known is None:
+            attention = SharedAttention()
+            attention.router = PromptRouter(attention, self._routing)
+            attention.router.attach(model)
+            model.shared_attention = attention
+            model.register_load_state_dict_post_hook(seal_after_load)
+        device = None if embedding is None else embedding.device
+        if low_cpu_mem_usage and init_empty_weights is not None:
+            with init_empty_weights():
+                model.shared_attention.update_layer(adapter_name, config, None)
+        else:
+            model.shared_attention.update_layer(adapter_name, config, device)
+        model.shared_attention.set_adapter(self.active_adapters, inference_mode=bool(config.inference_mode))
+        seal_from_targets(model)
+
+    def _create_and_replace(
+        self,
+        peft_config: SaptConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, SaptLayer):
+            target.update_layer(adapter_name, peft_config)
+            return
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if not isinstance(base, (nn.Linear, Conv1D)):
+            raise SaptError(
+                f"Module {current_key!r} of type {type(base).__name__} cannot be adapted: SAPT takes nn.Linear and "
+                "Conv1D. Take it out of target_modules."
+            )
+        layer = Linear(target, adapter_name, peft_config, self._routing)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    # --- running ------------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):
+        if kwargs.get("adapter_names") is not None:
+            raise SaptError(
+                "adapter_names (one adapter per row) is not supported: tasks live inside one adapter, so pass "
+                "sapt_task=[name, ...] with one task per row instead."
+            )
+        yield
+
+    @torch.no_grad()
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """``generate`` of the base model; the weights are computed once, on the whole prompt, and held to the end.
+
+        A non-empty ``past_key_values`` keeps the weights it was made with, so that the turns of a chat stay with one
+        mixture. Takes ``sapt_task``, ``sapt_weights`` and ``sapt_prompt_mask`` like ``forward``.
+        """
+        given = {name: kwargs.pop(name) for name in SAPT_ARGUMENTS if name in kwargs}
+        router = self.prompt_router if hasattr(self.model, "shared_attention") else None
+        adapter = None if router is None else router.active()
+        if router is None or adapter is None:
+            return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+        weights = self._generation_weights(router, adapter, args, {**kwargs, **given})
+        previous, router.routing.session = router.routing.session, weights
+        try:
+            return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+        finally:
+            router.routing.session = previous
+
+    def _generation_weights(
+        self, router: PromptRouter, adapter: str, args: tuple, kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        inputs = dict(kwargs)
+        prompt = args[0] if args else inputs.pop("inputs", None)
+        if prompt is not None:
+            inputs["input_ids"] = prompt
+        cache = inputs.get("past_key_values")
+        explicit = any(inputs.get(name) is not None for name in ("sapt_task", "sapt_weights"))
+        if not explicit and cache is not None and getattr(cache, KEPT, None) is None:
+            inputs.pop("past_key_values")  # filled by somebody else: the whole prompt is here, so attend to it
+        inputs.pop("labels", None)
+        if not any(isinstance(inputs.get(n), Tensor) for n in ("input_ids", "inputs_embeds")):
+            if inputs.get("encoder_outputs") is None:
+                return None  # generation from the start token alone: its forward is the prompt
+        weights = router.weights_for(self.model, adapter, inputs)
+        return spread(weights, batch_of(inputs), "generate")
+
+    # --- PEFT's switches ----------------------------------------------------------------------------------------
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        if not isinstance(adapter_name, str) and len(adapter_name) > 1:
+            raise SaptError(f"One pool can be active at a time, got {adapter_name}: pass a single adapter name.")
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        if merge:
+            raise SaptError(
+                "A pool cannot be merged into the base model: its mixture differs from prompt to prompt. Keep the "
+                "adapter, or call unload() for the base model without it."
+            )
+        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        if hasattr(model, "shared_attention"):
+            model.shared_attention.router.detach()
+            del model.shared_attention
+        return model
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        self._unload_and_optionally_merge(merge=True)
+
+    # --- saving and loading -------------------------------------------------------------------------------------
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: SaptConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        state = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        named = {cls._remove_adapter_name_from_key(key, adapter_name): tensor for key, tensor in state.items()}
+        targets_key, targets = next((k, v) for k, v in state.items() if ".sapt_targets." in k)
+        manifest_key = targets_key.rsplit("sapt_targets", 1)[0] + f"{MANIFEST}.{adapter_name}"
+        committed = (targets.sum(dim=1) > 0).tolist()
+        return {**state, manifest_key: build_manifest(config, committed, named)}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: SaptConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        manifest = next((key for key in state_dict if key.endswith(MANIFEST)), None)
+        if manifest is None:
+            raise PoolFormatError(
+                "The weights have no manifest, so they are not a whole pool as save_pretrained or "
+                "get_peft_model_state_dict write it."
+            )
+        values = read_manifest(state_dict[manifest])
+        own = {key: tensor for key, tensor in state_dict.items() if ".sapt_" in key and key != manifest}
+        check_loaded(values, config, own)
+        rest = {key: tensor for key, tensor in state_dict.items() if key != manifest}
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, rest)
+
+
+def seal_after_load(model: nn.Module, incompatible: Any) -> None:
+    seal_from_targets(model)
+
+
+def embedding_weight(model: nn.Module) -> Tensor | None:
+    try:
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    return getattr(embedding, "weight", None)
+
+
+def checked_token_dim(wanted: int | None, embedding: Tensor | None) -> int:
+    if embedding is None:
+        if wanted is None:
+            raise SaptError("The base model has no input embeddings: give SaptConfig(token_dim=...).")
+        return wanted
+    found = int(embedding.shape[-1])
+    if wanted is not None and wanted != found:
+        raise PoolFormatError(
+            f"SaptConfig.token_dim is {wanted}, but this base model's token embeddings have width {found}: the pool was "
+            "made for another base model. Load it onto that one."
+        )
+    return found

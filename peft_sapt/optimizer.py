@@ -1,0 +1,55 @@
+"""Optimizer groups of a pool: blocks, query projection, keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainingArguments
+
+
+def optimizer_groups(
+    model: torch.nn.Module, lr: float, attention_lr: float | None = None, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """Parameter groups named blocks, attention and keys, of the parameters that train now.
+
+    Args:
+        lr: learning rate of the blocks and of everything outside the attention.
+        attention_lr: learning rate of query projection and key; ``lr`` by default.
+        weight_decay: of blocks and projection; keys and LayerNorm get none, since decay would shorten keys and so
+            shift attention for no reason in the data.
+    """
+    found: dict[str, list[torch.nn.Parameter]] = {"blocks": [], "attention": [], "keys": []}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if ".sapt_key." in name or ".sapt_query_norm." in name:
+            found["keys"].append(parameter)
+        elif ".sapt_query_" in name:
+            found["attention"].append(parameter)
+        else:
+            found["blocks"].append(parameter)
+    rate = lr if attention_lr is None else attention_lr
+    settings = {"blocks": (lr, weight_decay), "attention": (rate, weight_decay), "keys": (rate, 0.0)}
+    return [
+        {"params": found[name], "lr": settings[name][0], "weight_decay": settings[name][1], "name": name}
+        for name in found
+        if found[name]
+    ]
+
+
+def create_optimizer(
+    model: torch.nn.Module, args: TrainingArguments, attention_lr: float | None = None
+) -> tuple[torch.optim.Optimizer, None]:
+    """The optimizer that ``args`` asks for, over [`optimizer_groups`]; pass it on as ``Trainer(optimizers=...)``.
+
+    The scheduler is left to the Trainer, which scales all groups alike. Build it after ``add_task``.
+
+    ```py
+    >>> Trainer(model=model, args=args, optimizers=create_optimizer(model, args, attention_lr=1e-3), ...)
+    ```
+    """
+    cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
+    groups = optimizer_groups(model, args.learning_rate, attention_lr, args.weight_decay)
+    kwargs = {k: v for k, v in kwargs.items() if k != "lr"}
+    return cls(groups, lr=args.learning_rate, **kwargs), None

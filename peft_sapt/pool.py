@@ -1,0 +1,74 @@
+"""The storage rule of a pool: per adapter one trainable newest part, one frozen stack of older parts.
+
+Freezing is structural. What may train sits in containers that PEFT knows as trainable (``adapter_layer_names``); what
+must never change again sits in containers that PEFT deletes and moves but never un-freezes (``other_param_names``).
+A committed task stays in the first kind until the next one is added; it is *sealed*, through PEFT's own
+``frozen_peft_weight_names``, which PEFT reapplies wherever it would switch gradients on.
+"""
+
+from __future__ import annotations
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+
+def linear_from(weight: Tensor, trainable: bool = False) -> nn.Linear:
+    """An nn.Linear without bias around ``weight`` [out, in]; sharding libraries gather modules, not bare tensors."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight.detach().contiguous(), requires_grad=trainable)
+    return layer
+
+
+class PoolModule(BaseTunerLayer):
+    """Mixin of every module that holds parts of a pool: the target layers and the shared attention.
+
+    ``stacks`` maps the container of the newest part to (container of the older ones, dimension they are stacked on).
+    """
+
+    stacks: dict[str, tuple[str, int]] = {}
+
+    def holds(self, adapter: str) -> bool:
+        return adapter in getattr(self, next(iter(self.stacks)))
+
+    def is_trainable(self, adapter: str) -> bool:
+        return any(p.requires_grad for name in self.stacks for p in getattr(self, name)[adapter].parameters())
+
+    def seal(self, adapter: str, sealed: bool) -> None:
+        """Freeze the newest part until it is unsealed, whatever PEFT call comes in between."""
+        names = {k: v for k, v in self.frozen_peft_weight_names.items() if k != adapter}
+        if sealed:
+            names[adapter] = self.adapter_layer_names
+        self.frozen_peft_weight_names = names
+        self._freeze_non_trainable_peft_weights()
+
+    def push(self, adapter: str, newest: dict[str, Tensor]) -> None:
+        """Move the newest part onto the frozen stack and put ``newest`` in its place, frozen."""
+        for name, (old_name, dim) in self.stacks.items():
+            current, stack = getattr(self, name), getattr(self, old_name)
+            parts = [stack[adapter].weight.data] if adapter in stack else []
+            parts.append(current[adapter].weight.data)
+            stack[adapter] = linear_from(torch.cat(parts, dim))
+            current[adapter] = linear_from(newest[name])
+
+    def pull(self, adapter: str, index: int, sizes: list[int]) -> None:
+        """Take part ``index`` out of the pool; ``sizes`` are the extents of all parts, oldest first.
+
+        Without its newest part, the pool's next older one becomes the newest.
+        """
+        for name, (old_name, dim) in self.stacks.items():
+            parts = self.parts(name, adapter, sizes)
+            del parts[index]
+            current, stack = getattr(self, name), getattr(self, old_name)
+            current[adapter] = linear_from(parts.pop().clone())
+            if parts:
+                stack[adapter] = linear_from(torch.cat(parts, dim))
+            else:
+                del stack[adapter]
+
+    def parts(self, name: str, adapter: str, sizes: list[int]) -> list[Tensor]:
+        """The parts in container ``name``, oldest first, as views of the stored weights."""
+        old_name, dim = self.stacks[name]
+        stack = getattr(self, old_name)
+        old = list(stack[adapter].weight.data.split(sizes[:-1], dim)) if adapter in stack else []
+        return [*old, getattr(self, name)[adapter].weight.data]

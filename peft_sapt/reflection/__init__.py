@@ -1,0 +1,8 @@
+"""ARM, the attentive reflection module: generator, pseudo-samples, the attention loss, and the Trainer callback."""
+
+from .callback import ArmCallback
+from .generator import GeneratorSettings
+from .objective import align_attention, attention_loss
+from .pseudo import PseudoReport
+
+__all__ = ["ArmCallback", "GeneratorSettings", "PseudoReport", "align_attention", "attention_loss"]

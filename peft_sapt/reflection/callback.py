@@ -1,0 +1,322 @@
+"""ARM as a Trainer callback: align the attention, replay while training, reflect and commit at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..errors import ReflectionError, TaskError
+from ..files import write_atomically
+from ..model import SaptModel
+from . import generator as gen
+from .generator import GeneratorSettings
+from .objective import align_attention, attention_loss
+from .pseudo import MIN_PSEUDO_SAMPLES, Selection, wanted_count
+
+LOG_PREFIX = "attention/"
+
+
+class ArmCallback(TrainerCallback):
+    """The attentive reflection module (SAPT, section 3.3), for the stock ``Trainer`` and ``Seq2SeqTrainer``.
+
+    - ``on_train_begin``: pools the task's training prompts; in a pool of two tasks or more, fits the attention to the
+      replay rows of old tasks and the new task's prompts, so that training starts behind an open gate.
+    - ``on_step_begin``: once per optimizer step, adds the gradient of [`attention_loss`]: KL to the stored targets on
+      replay rows, balanced by a floor under the new task's own weight.
+    - ``on_train_end``: fits the generator, draws pseudo-samples, and commits the task with its attention target.
+    - ``on_log``: adds ``attention/<task>``, the mean weight of each task on the current task's prompts.
+
+    Args:
+        tokenizer: of the base model; it needs an end token and a pad token.
+        replay: what stands for a task later: "generated" pseudo-samples (the paper) or its own real "rows".
+        pseudo_share, min_pseudo_samples: replay rows per task: 2 % of its training rows (the paper), at least 20.
+        kl_weight: weight of the replay term, averaged over old tasks (lambda in the paper).
+        gate_weight, gate_floor: weight of the gate term, and the own weight above which it is silent.
+        align_steps, align_learning_rate: the fit of the attention before training; 0 steps switch it off.
+        batch_size: prompts of the current task in each attention step.
+        max_rows: training prompts considered, evenly spaced over the training set.
+        generator: [`GeneratorSettings`].
+        allow_copies: keep pseudo-samples that repeat a training row verbatim.
+        seed: of alignment and generator; the Trainer's seed by default.
+
+    Attributes:
+        reports: per committed task, counts of the drawing ([`PseudoReport`]) as a dict.
+        pseudo_samples: per committed task, the texts drawn; ``save_replay(folder)`` writes them.
+
+    Raises:
+        ReflectionError: the tokenizer lacks a token, an old task has no replay rows, fp16 is on, the generator gave too
+            few usable samples, ...
+        TaskError: the current task is committed already, or the training rows belong to another one.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        replay: str = "generated",
+        pseudo_share: float = 0.02,
+        min_pseudo_samples: int = MIN_PSEUDO_SAMPLES,
+        kl_weight: float = 1.0,
+        gate_weight: float = 1.0,
+        gate_floor: float = 0.8,
+        align_steps: int = 200,
+        align_learning_rate: float = 1e-3,
+        batch_size: int = 64,
+        max_rows: int = 2048,
+        generator: GeneratorSettings | None = None,
+        allow_copies: bool = False,
+        seed: int | None = None,
+    ) -> None:
+        if getattr(tokenizer, "pad_token_id", None) is None or getattr(tokenizer, "eos_token_id", None) is None:
+            raise ReflectionError(
+                "ArmCallback needs a tokenizer with a pad token and an end token: set tokenizer.pad_token = "
+                "tokenizer.eos_token, or a token of its own."
+            )
+        if replay not in ("generated", "rows"):
+            raise ReflectionError(f"ArmCallback(replay=...) must be 'generated' or 'rows', got {replay!r}.")
+        if not 0 < gate_floor < 1:
+            raise ReflectionError(f"ArmCallback(gate_floor=...) must lie between 0 and 1, got {gate_floor}.")
+        self.tokenizer = tokenizer
+        self.replay = replay
+        self.pseudo_share, self.min_pseudo_samples = pseudo_share, min_pseudo_samples
+        self.weights = {"kl_weight": kl_weight, "gate_weight": gate_weight, "gate_floor": gate_floor}
+        self.align_steps, self.align_learning_rate = align_steps, align_learning_rate
+        self.batch_size, self.max_rows = batch_size, max_rows
+        self.generator = GeneratorSettings() if generator is None else generator
+        self.allow_copies, self.seed = allow_copies, seed
+        self.reports: dict[str, dict[str, object]] = {}
+        self.pseudo_samples: dict[str, list[str]] = {}
+        self.prompts: list[list[int]] = []  # token ids of the current task's prompts
+        self.pooled: Tensor | None = None  # [n, d]
+        self.rows = 0
+
+    # --- the Trainer's events -----------------------------------------------------------------------------------
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model, loader = kwargs["model"], kwargs["train_dataloader"]
+        pool = pool_of(model)
+        check_arguments(args)
+        check_task_of_rows(loader.dataset, pool)
+        self.check_replay(pool)
+        self.take_prompts(pool, loader.dataset, loader.collate_fn)
+        if len(pool.tasks) > 1 and state.global_step == 0 and self.align_steps:
+            with isolated_rng(self.seed_of(args, pool), model):
+                self.align(pool, self.seed_of(args, pool))
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        pool = pool_of(kwargs["model"])
+        if len(pool.tasks) > 1:
+            self.penalty(pool, self.seed_of(args, pool) + state.global_step).backward()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or self.pooled is None or "loss" not in logs:
+            return
+        pool = pool_of(kwargs["model"])
+        with torch.no_grad():
+            means = pool.prompt_router.attend(self.pooled, pool.pool_name).mean(dim=0).tolist()
+        shown = {f"{LOG_PREFIX}{name}": round(mean, 4) for name, mean in zip(pool.tasks, means, strict=True)}
+        logs.update(shown)
+        state.log_history[-1].update(shown)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model = kwargs["model"]
+        self.reflect(model, self.seed_of(args, pool_of(model)))
+
+    # --- the steps of ARM, for loops of your own ----------------------------------------------------------------
+
+    def prepare(self, model: Any, batches: Iterable[Mapping[str, Tensor]], seed: int = 0) -> None:
+        """What ``on_train_begin`` does, for a loop without the Trainer; ``batches`` as the model's forward takes them."""
+        pool = pool_of(model)
+        self.check_replay(pool)
+        self.take_batches(pool, batches)
+        if len(pool.tasks) > 1 and self.align_steps:
+            with isolated_rng(seed, model):
+                self.align(pool, seed)
+
+    def penalty(self, model: Any, seed: int = 0) -> Tensor:
+        """The attention loss of one optimizer step; add its gradient once per step. Needs two tasks or more."""
+        pool = pool_of(model)
+        if self.pooled is None:
+            raise ReflectionError("ArmCallback.penalty() needs the task's prompts: call prepare(model, batches) first.")
+        rows = torch.randperm(len(self.pooled), generator=torch.Generator().manual_seed(seed))[: self.batch_size]
+        current = self.pooled[rows.to(self.pooled.device)]
+        return attention_loss(pool.attention, pool.pool_name, current, **self.weights)
+
+    def reflect(self, model: Any, seed: int = 0) -> None:
+        """Draw the replay rows of the current task and commit it."""
+        pool = pool_of(model)
+        if self.pooled is None:
+            raise ReflectionError("ArmCallback.reflect() needs the task's prompts: call prepare(model, batches) first.")
+        wanted = wanted_count(self.rows, self.pseudo_share, self.min_pseudo_samples)
+        name = pool.current_task
+        if self.replay == "rows":
+            picked = torch.randperm(len(self.pooled), generator=torch.Generator().manual_seed(seed))[:wanted]
+            replay: Tensor = self.pooled[picked.to(self.pooled.device)]
+            self.reports[name] = {"wanted": wanted, "kept": len(replay), "real_rows": True}
+        else:
+            replay = self.generate(model, pool, wanted, seed)
+        pool.commit_task(self.pooled, replay)
+        self.pooled, self.prompts = None, []
+
+    def save_replay(self, folder: str | os.PathLike) -> None:
+        """Write the pseudo-samples of each task to ``folder/replay/<task>.jsonl``, one {"text": ...} per line."""
+        target = Path(folder) / "replay"
+        target.mkdir(parents=True, exist_ok=True)
+        for name, texts in self.pseudo_samples.items():
+            lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+            write_atomically(target / f"{name}.jsonl", lines.encode())
+
+    # --- parts --------------------------------------------------------------------------------------------------
+
+    def align(self, pool: SaptModel, seed: int) -> None:
+        assert self.pooled is not None
+        align_attention(
+            pool.attention,
+            pool.pool_name,
+            self.pooled,
+            steps=self.align_steps,
+            learning_rate=self.align_learning_rate,
+            batch_size=self.batch_size * 4,
+            seed=seed,
+            **self.weights,
+        )
+
+    def generate(self, model: Any, pool: SaptModel, wanted: int, seed: int) -> Tensor:
+        """Fit a generator to the task's prompts and draw ``wanted`` pseudo-samples: their pooled prompts [wanted, d]."""
+        name, tokenizer, settings = pool.current_task, self.tokenizer, self.generator
+        start = tokenizer(gen.PREFIX, add_special_tokens=False).input_ids
+        selection = Selection(wanted, self.prompts, set(tokenizer.all_special_ids), self.allow_copies)
+        longest = max(map(len, self.prompts)) + 8
+        with isolated_rng(seed, model), gen.generator_adapter(model, settings):
+            losses = gen.fit(model, self.prompts, start, tokenizer.eos_token_id, settings, seed)
+            gen.draw(model, selection, start, tokenizer.eos_token_id, tokenizer.pad_token_id, longest, settings)
+        report = selection.report
+        report.generator_loss = [round(losses[0], 4), round(losses[-1], 4)]
+        self.reports[name] = report.to_dict()
+        if selection.missing > 0:
+            raise ReflectionError(
+                f"The generator of task {name!r} gave {report.kept} usable pseudo-samples of {wanted} wanted, out of "
+                f"{report.drawn} drawn ({report.unfinished} without end, {report.empty} empty, {report.duplicates} "
+                f"repeated, {report.copies} copies of training rows). The task is trained but not committed: call "
+                "arm.reflect(model) after changing arm.generator (epochs, temperature), arm.allow_copies or "
+                "arm.replay = 'rows'."
+            )
+        self.pseudo_samples[name] = tokenizer.batch_decode(selection.kept)
+        device = pool.attention.weight.device
+        return pool.pooled_prompts({"input_ids": torch.tensor([row], device=device)} for row in selection.kept)
+
+    def check_replay(self, pool: SaptModel) -> None:
+        if pool.committed_tasks == pool.tasks:
+            raise TaskError(
+                f"The current task {pool.current_task!r} is committed: call model.add_task(name) before training new "
+                "data, or model.reopen_task() to train this one further."
+            )
+        counts = [len(rows) for rows in pool.attention.replay(pool.pool_name)]
+        bare = [name for name, count in zip(pool.tasks[:-1], counts, strict=False) if not count]
+        if bare:
+            raise ReflectionError(
+                f"Old tasks {bare} have no replay rows, so nothing would hold their attention. Commit a task with "
+                "ArmCallback, or with commit_task(inputs, replay=batches), before the next one is added."
+            )
+
+    def take_prompts(self, pool: SaptModel, dataset: Any, collate: Any) -> None:
+        with isolated_rng(0, None):
+            if isinstance(dataset, IterableDataset):
+                raise ReflectionError(
+                    "ArmCallback reads the training set before training: give a map-style dataset (with len())."
+                )
+            count = min(self.max_rows, len(dataset))
+            picked = [i * len(dataset) // count for i in range(count)]
+            subset = torch.utils.data.Subset(dataset, picked)
+            self.take_batches(pool, DataLoader(subset, batch_size=32, shuffle=False, collate_fn=collate))
+            self.rows = len(dataset)
+
+    def take_batches(self, pool: SaptModel, batches: Iterable[Mapping[str, Tensor]]) -> None:
+        pooled, self.prompts = [], []
+        device = pool.attention.weight.device
+        for batch in batches:
+            inputs = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
+            pooled.append(pool.pooled_prompts([inputs]))
+            if inputs.get("input_ids") is not None:
+                _, mask = pool.prompt_router.prompt_of(pool.model, inputs)
+                rows = zip(inputs["input_ids"], mask, strict=True)
+                self.prompts += [ids[keep].tolist() for ids, keep in rows]
+        if not pooled:
+            raise ReflectionError("The training set is empty.")
+        self.pooled = torch.cat(pooled)
+        self.rows = len(self.pooled)
+        if self.replay == "generated" and not self.prompts:
+            raise ReflectionError("Without input_ids no generator can be trained: use ArmCallback(replay='rows').")
+
+    def seed_of(self, args: TrainingArguments, pool: SaptModel) -> int:
+        return (args.seed if self.seed is None else self.seed) + 1_000_003 * len(pool.tasks)
+
+
+def pool_of(model: Any) -> SaptModel:
+    """The SaptModel inside what a Trainer holds; raises [`ReflectionError`] if there is none."""
+    found = getattr(model, "module", model)
+    found = found if isinstance(found, SaptModel) else getattr(found, "base_model", None)
+    if not isinstance(found, SaptModel):
+        raise ReflectionError(
+            f"ArmCallback works on a PeftModel with a SaptConfig, got {type(model).__name__}: build it with "
+            "get_peft_model(model, SaptConfig(...))."
+        )
+    return found
+
+
+def check_arguments(args: TrainingArguments) -> None:
+    if args.fp16:
+        raise ReflectionError(
+            "ArmCallback adds a gradient of its own, which fp16's loss scaling would divide away: use bf16=True."
+        )
+    if args.n_gpu > 1:
+        raise ReflectionError("nn.DataParallel is not supported: start the script with torchrun or accelerate launch.")
+
+
+def check_task_of_rows(dataset: Any, pool: SaptModel) -> None:
+    """Refuse rows that say, in a column ``task``, that they belong to another task of the pool than the current one."""
+    columns = getattr(dataset, "column_names", None) or []
+    names = set(dataset["task"]) if "task" in columns else set()
+    other = sorted(name for name in names if name in pool.tasks and name != pool.current_task)
+    if other:
+        raise TaskError(
+            f"The training rows belong to task {other}, but only the current task {pool.current_task!r} of the pool can "
+            "be trained: blocks of older tasks are frozen for good."
+        )
+
+
+class isolated_rng:
+    """Seeds torch inside, and leaves the generators of torch as they were outside: resumed runs stay bit-identical."""
+
+    def __init__(self, seed: int, model: Any) -> None:
+        device = None if model is None else next(model.parameters()).device
+        self.seed = seed
+        self.fork = torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else [])
+
+    def __enter__(self) -> None:
+        self.fork.__enter__()
+        torch.manual_seed(self.seed)
+
+    def __exit__(self, *error: Any) -> None:
+        self.fork.__exit__(*error)

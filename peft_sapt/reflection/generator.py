@@ -1,0 +1,149 @@
+"""The generator of ARM: one more LoRA on the same base, fitted to a task's own prompts, drawn from, then dropped.
+
+Sapt-wise it is a pool of one task, whose attention is 1, i.e. plain LoRA; PEFT adds, switches and deletes it as any
+adapter, so base, pool and optimizer state of the user are untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import SaptConfig
+from ..errors import ReflectionError
+from ..prompt_mask import IGNORED_LABEL
+from .pseudo import Selection
+
+ADAPTER = "sapt_generator"
+PREFIX = "__gen__"
+
+
+@dataclass
+class GeneratorSettings:
+    """How the generator is fitted and drawn from; rank, alpha, dropout, learning rate, batch and top_k are the
+    release's. Its 5000 steps are an upper bound here: ``epochs`` passes over the task's prompts end the fit earlier."""
+
+    r: int = 8
+    lora_alpha: float = 32
+    lora_dropout: float = 0.1
+    learning_rate: float = 1e-3
+    batch_size: int = 16
+    max_steps: int = 5000
+    epochs: float = 10.0
+    top_k: int = 20
+    temperature: float = 1.0
+    repetition_penalty: float = 1.0
+    draw_batch_size: int = 32
+    max_draws: int = 10  # times the wanted count
+
+    def steps(self, rows: int) -> int:
+        return max(1, min(self.max_steps, round(self.epochs * rows / self.batch_size)))
+
+
+@contextmanager
+def generator_adapter(model: Any, settings: GeneratorSettings) -> Iterator[None]:
+    """Put a fresh generator LoRA on ``model`` (a PeftModel) in place of the pool, and take it away at the end."""
+    pool_name, training = model.base_model.pool_name, model.training
+    pool = model.peft_config[pool_name]
+    config = SaptConfig(
+        task_type=pool.task_type,
+        task_name="generator",
+        r=settings.r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=pool.target_modules,
+        exclude_modules=pool.exclude_modules,
+        layers_to_transform=pool.layers_to_transform,
+        layers_pattern=pool.layers_pattern,
+        query_dim=1,
+    )
+    model.add_adapter(ADAPTER, config)
+    try:
+        model.set_adapter(ADAPTER)
+        yield
+    finally:
+        model.set_adapter(pool_name)
+        model.delete_adapter(ADAPTER)
+        model.train(training)
+
+
+def fit(model: Any, prompts: list[list[int]], start: list[int], eos: int, settings: GeneratorSettings, seed: int) -> list[float]:
+    """Teach the active generator to write ``prompts`` after ``start``; returns the loss of each step."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
+    order = torch.Generator().manual_seed(seed)
+    device = parameters[0].device
+    losses: list[float] = []
+    queue: list[int] = []
+    model.train()
+    for _ in range(settings.steps(len(prompts))):
+        while len(queue) < min(settings.batch_size, len(prompts)):
+            queue += torch.randperm(len(prompts), generator=order).tolist()
+        rows, queue = queue[: settings.batch_size], queue[settings.batch_size :]
+        batch = training_batch([prompts[i] for i in rows], start, eos, encoder_decoder=is_encoder_decoder(model))
+        loss = model(**{k: v.to(device) for k, v in batch.items()}, use_cache=False).loss
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+        if not torch.isfinite(loss.detach()):
+            raise ReflectionError(
+                f"The generator's loss is {losses[-1]} at step {len(losses)}: lower its learning rate "
+                f"({settings.learning_rate}) with ArmCallback(generator=GeneratorSettings(learning_rate=...))."
+            )
+    return losses
+
+
+def training_batch(prompts: list[list[int]], start: list[int], eos: int, encoder_decoder: bool) -> dict[str, Tensor]:
+    """``start`` -> prompt, end token: as one row with masked start, or as encoder input and decoder labels."""
+    heads = [] if encoder_decoder else start
+    rows = [[*heads, *prompt, eos] for prompt in prompts]
+    width = max(map(len, rows))
+    labels = torch.full((len(rows), width), IGNORED_LABEL)
+    ids = torch.full((len(rows), width), eos)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        labels[i, len(heads) : len(row)] = torch.tensor(row[len(heads) :])
+        mask[i, : len(row)] = 1
+    if not encoder_decoder:
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    source = torch.tensor(start).repeat(len(rows), 1)
+    return {"input_ids": source, "attention_mask": torch.ones_like(source), "labels": labels}
+
+
+@torch.no_grad()
+def draw(
+    model: Any, selection: Selection, start: list[int], eos: int, pad: int, max_tokens: int, settings: GeneratorSettings
+) -> None:
+    """Sample rows from the active generator into ``selection`` until it is full or ``max_draws`` is spent."""
+    model.eval()
+    device = next(model.parameters()).device
+    budget = settings.max_draws * selection.report.wanted
+    while selection.missing > 0 and selection.report.drawn < budget:
+        ids = torch.tensor(start, device=device).repeat(settings.draw_batch_size, 1)
+        rows = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=True,
+            top_k=settings.top_k,
+            temperature=settings.temperature,
+            repetition_penalty=settings.repetition_penalty,
+            max_new_tokens=max_tokens,
+            eos_token_id=eos,
+            pad_token_id=pad,
+        )
+        skip = 1 if is_encoder_decoder(model) else len(start)
+        for row in rows[:, skip:].tolist():
+            finished = eos in row
+            selection.offer(row[: row.index(eos)] if finished else row, finished)
+
+
+def is_encoder_decoder(model: Any) -> bool:
+    return bool(getattr(model.config, "is_encoder_decoder", False))

@@ -1,0 +1,95 @@
+"""What attentive reflection asks of the attention: old tasks keep theirs, the new task's gate stays open."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..attention import SharedAttention
+
+
+def replay_divergence(log_weights: Tensor, target: Tensor) -> Tensor:
+    """KL(target || attention), mean over rows (SAPT, Eq. 7).
+
+    Args:
+        log_weights: log attention on one old task's replay rows, [n, T].
+        target: that task's mean attention at its commit, padded with 0 for newer tasks, [T].
+    """
+    return (torch.xlogy(target, target) - target * log_weights).sum(dim=-1).mean()
+
+
+def gate_shortfall(log_weights: Tensor, floor: float) -> Tensor:
+    """Mean of max(0, log floor - log w_new) over rows; log_weights [n, T], newest task last.
+
+    The balance to the replay term, which by itself shuts the new gate: a new block starts at zero and so earns no
+    gradient that would hold the gate open. Above the floor it is silent, which leaves room for related old blocks.
+    """
+    return F.relu(math.log(floor) - log_weights[:, -1]).mean()
+
+
+def attention_loss(
+    attention: SharedAttention,
+    adapter: str,
+    current: Tensor,
+    *,
+    kl_weight: float = 1.0,
+    gate_weight: float = 1.0,
+    gate_floor: float = 0.8,
+) -> Tensor:
+    """``kl_weight * mean_i KL_i + gate_weight * shortfall`` for a pool of at least two tasks; a scalar.
+
+    The replay terms are averaged over the old tasks, so one weight means the same at any length of the stream; the loss
+    belongs to an optimizer step, not to a micro-batch, so it means the same under any gradient accumulation.
+
+    Args:
+        current: pooled prompts of the task under training, [n, d].
+    """
+    replay = attention.replay(adapter)[:-1]
+    targets = attention.targets(adapter)[:-1]  # [T - 1, T]
+    pooled = torch.cat([*replay, current.to(attention.weight)])
+    *old, new = attention.log_weights(pooled, adapter).split([*(len(r) for r in replay), len(current)])
+    terms = [replay_divergence(lw, target) for lw, target in zip(old, targets, strict=True) if len(lw)]
+    divergence = torch.stack(terms).mean() if terms else new.new_zeros(())
+    return kl_weight * divergence + gate_weight * gate_shortfall(new, gate_floor)
+
+
+def align_attention(
+    attention: SharedAttention,
+    adapter: str,
+    current: Tensor,
+    *,
+    steps: int,
+    learning_rate: float,
+    batch_size: int,
+    seed: int,
+    kl_weight: float = 1.0,
+    gate_weight: float = 1.0,
+    gate_floor: float = 0.8,
+) -> float:
+    """Fit query projection and newest key to [`attention_loss`] alone; returns the last loss.
+
+    The language model does not run: pooled prompts are constants, so a step costs a few small matrix products. Done
+    before the first training step, it lets the new block learn behind an open gate from the start.
+    """
+    parameters = [p for name in attention.adapter_layer_names for p in getattr(attention, name)[adapter].parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    order = torch.Generator().manual_seed(seed)
+    loss = torch.zeros(())
+    for _ in range(steps):
+        rows = torch.randperm(len(current), generator=order)[:batch_size].to(current.device)
+        loss = attention_loss(
+            attention,
+            adapter,
+            current[rows],
+            kl_weight=kl_weight,
+            gate_weight=gate_weight,
+            gate_floor=gate_floor,
+        )
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(loss)

@@ -1,0 +1,280 @@
+"""The life cycle of tasks in a pool: list, add, commit, reopen, remove; and reading the attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from .attention import SharedAttention, new_key
+from .config import SaptConfig, check_task_name
+from .errors import TaskError, WeightsError
+from .layer import SaptLayer
+from .pool import PoolModule, linear_from
+from .routing import PromptRouter
+
+
+def seal_from_targets(model: nn.Module) -> None:
+    """Seal each pool whose newest task is committed, and unseal the others, on every module of ``model``."""
+    attention = next(m for m in model.modules() if isinstance(m, SharedAttention))
+    for adapter in attention.configs:
+        sealed = attention.committed(adapter)[-1] if attention.sapt_targets[adapter].weight.device.type != "meta" else 0
+        for module in model.modules():
+            if isinstance(module, PoolModule) and module.holds(adapter):
+                module.seal(adapter, bool(sealed))
+
+
+class TaskPool:
+    """Task methods of [`SaptModel`]; they act on the active adapter."""
+
+    model: nn.Module
+    peft_config: dict[str, Any]
+    active_adapters: list[str]
+
+    @property
+    def attention(self) -> SharedAttention:
+        """The module that holds query projection, keys, targets and replay rows."""
+        return self.model.shared_attention  # type: ignore[return-value]
+
+    @property
+    def prompt_router(self) -> PromptRouter:
+        return self.attention.router
+
+    @property
+    def pool_name(self) -> str:
+        """Name of the active adapter."""
+        if len(self.active_adapters) != 1:
+            raise TaskError(f"{len(self.active_adapters)} adapters are active: choose one pool with set_adapter(name).")
+        return self.active_adapters[0]
+
+    @property
+    def pool_config(self) -> SaptConfig:
+        return self.peft_config[self.pool_name]
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks in the active pool, oldest first; a copy."""
+        return list(self.pool_config.tasks or [])
+
+    @property
+    def current_task(self) -> str:
+        """The newest task: the only one that can be trained."""
+        return self.tasks[-1]
+
+    @property
+    def committed_tasks(self) -> list[str]:
+        """Names of the tasks that have been committed."""
+        return [n for n, done in zip(self.tasks, self.attention.committed(self.pool_name), strict=True) if done]
+
+    def pool_modules(self) -> list[PoolModule]:
+        """Every module that holds parts of the active pool: target layers, then the attention."""
+        found = [m for m in self.model.modules() if isinstance(m, PoolModule) and m.holds(self.pool_name)]
+        return sorted(found, key=lambda m: isinstance(m, SharedAttention))
+
+    def add_task(self, name: str, r: int | None = None, lora_alpha: float | None = None) -> None:
+        """Freeze the current task for good and open a fresh block and key for ``name``.
+
+        The new block is the identity (B = 0) and its key is drawn as the paper does; ``ArmCallback`` then opens its
+        gate. A current task that was never committed is committed first, as by ``commit_task()``. Parameters are
+        replaced: build the optimizer, DDP or FSDP afterwards.
+
+        Args:
+            name: not in the pool yet; no slash or dot, not all digits.
+            r, lora_alpha: rank and alpha of the new block; the config's by default.
+
+        Raises:
+            TaskError: the name is malformed or taken, or the model is sharded. Nothing is changed then.
+        """
+        config, adapter = self.pool_config, self.pool_name
+        check_task_name(name)
+        if name in self.tasks:
+            raise TaskError(
+                f"Task {name!r} is already in the pool ({self.tasks}): choose another name, or remove_task({name!r})."
+            )
+        rank, alpha = config.r if r is None else r, config.lora_alpha if lora_alpha is None else lora_alpha
+        grown = SaptConfig(
+            tasks=[*self.tasks, name],
+            task_ranks=[*(config.task_ranks or []), rank],
+            task_alphas=[*(config.task_alphas or []), alpha],
+            replay_rows=[*(config.replay_rows or []), 0],
+        )
+        self.refuse_sharded("add_task")
+        if not self.attention.committed(adapter)[-1]:
+            self.commit_task()
+        for module in self.pool_modules():
+            reference = next(p for attr in module.stacks for p in getattr(module, attr)[adapter].parameters())
+            if isinstance(module, SaptLayer):
+                newest = module.new_block(rank, config.init_weights)
+            else:
+                newest = {"sapt_key": new_key(reference.shape[-1], None)}
+            module.push(adapter, {k: v.to(reference.device, reference.dtype) for k, v in newest.items()})
+        targets = nn.functional.pad(self.attention.targets(adapter), (0, 1, 0, 1))
+        self.attention.sapt_targets[adapter] = linear_from(targets)
+        config.inference_mode = False
+        self.take_tasks(config, grown)
+
+    def remove_task(self, name: str) -> None:
+        """Take a task's block, key, target and replay rows out of the pool.
+
+        The blocks that remain keep their bytes; attention that went to the removed task is shared out among the rest
+        in the stored targets. Without its newest task, the pool's next older one becomes the newest.
+
+        Raises:
+            TaskError: unknown name, or the only task of the pool (delete the adapter instead).
+        """
+        adapter, config = self.pool_name, self.pool_config
+        index = self.index_of(name)
+        if len(self.tasks) == 1:
+            raise TaskError(
+                f"{name!r} is the only task of the pool, and a pool cannot be empty: use delete_adapter({adapter!r}), "
+                "or add another task first."
+            )
+        self.refuse_sharded("remove_task")
+        kept = [i for i in range(len(self.tasks)) if i != index]
+        smaller = SaptConfig(
+            tasks=[self.tasks[i] for i in kept],
+            task_ranks=[(config.task_ranks or [])[i] for i in kept],
+            task_alphas=[(config.task_alphas or [])[i] for i in kept],
+            replay_rows=[(config.replay_rows or [])[i] for i in kept],
+        )
+        targets = self.attention.targets(adapter)[kept][:, kept]
+        replay = self.attention.replay(adapter)
+        for module in self.pool_modules():
+            module.pull(adapter, index, self.sizes_of(module))
+        targets = targets / targets.sum(dim=1, keepdim=True).clamp_min(1e-12)
+        self.attention.sapt_targets[adapter] = linear_from(targets)
+        self.attention.set_replay(adapter, [replay[i] for i in kept])
+        self.take_tasks(config, smaller)
+
+    def commit_task(
+        self,
+        inputs: Iterable[Mapping[str, Tensor]] | Tensor | None = None,
+        replay: Iterable[Mapping[str, Tensor]] | Tensor | None = None,
+    ) -> None:
+        """Freeze the current task and store its attention target (SAPT, section 3.3); ``ArmCallback`` calls this.
+
+        Args:
+            inputs: the task's own training inputs, as batches (dicts with ``input_ids``, ...) or as pooled prompts
+                [N, d]. The target is the mean attention over them, and the key of a first task becomes their mean
+                query (as it got no gradient). By default the first 512 rows that training forwards saw; without any,
+                the target is the task itself and a first key stays random.
+            replay: rows that stand for this task while later ones train, as batches or pooled prompts [n, d]:
+                pseudo-samples, or real rows if you may keep them. Only their pooled embeddings are kept.
+
+        Raises:
+            TaskError: the current task is committed already (``reopen_task()`` allows training it again).
+        """
+        adapter, attention = self.pool_name, self.attention
+        if attention.committed(adapter)[-1]:
+            raise TaskError(
+                f"Task {self.current_task!r} is committed already: add_task(...) for new data, or reopen_task() to "
+                "train it further."
+            )
+        pooled = self.pooled_prompts(self.prompt_router.routing.seen if inputs is None else inputs)
+        rows = self.pooled_prompts([] if replay is None else replay)
+        with torch.no_grad():
+            if len(self.tasks) == 1 and len(pooled):
+                attention.sapt_key[adapter].weight.copy_(attention.query(pooled, adapter).mean(dim=0, keepdim=True))
+            target = torch.zeros_like(attention.targets(adapter)[-1])  # [T]
+            if len(pooled):
+                target.copy_(self.prompt_router.attend(pooled, adapter).mean(dim=0))
+            else:
+                target[-1] = 1.0
+            attention.set_replay(adapter, [*attention.replay(adapter)[:-1], rows.to(attention.weight)])
+            attention.targets(adapter)[-1] = target
+        self.prompt_router.routing.seen.clear()
+        seal_from_targets(self.model)
+
+    def reopen_task(self) -> None:
+        """Undo the commit of the current task, so that it can be trained further; its target and replay rows go."""
+        adapter, attention = self.pool_name, self.attention
+        attention.targets(adapter)[-1] = 0.0
+        attention.set_replay(adapter, [*attention.replay(adapter)[:-1], attention.replay(adapter)[-1][:0]])
+        self.pool_config.inference_mode = False
+        seal_from_targets(self.model)
+        self.refresh_trainable()
+
+    @torch.no_grad()
+    def attention_weights(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        sapt_prompt_mask: Tensor | None = None,
+    ) -> Tensor:
+        """The attention over the tasks for each prompt: [B, T] in float32, columns in the order of ``model.tasks``.
+
+        Arguments are those of the model's forward; the language model does not run.
+        """
+        return self.prompt_router.attend(
+            self.pooled_prompts(
+                [
+                    {
+                        "input_ids": input_ids,
+                        "attention_mask": attention_mask,
+                        "inputs_embeds": inputs_embeds,
+                        "labels": labels,
+                        "sapt_prompt_mask": sapt_prompt_mask,
+                    }
+                ]
+            ),
+            self.pool_name,
+        )
+
+    @torch.no_grad()
+    def pooled_prompts(self, batches: Iterable[Mapping[str, Any]] | Iterable[Tensor] | Tensor) -> Tensor:
+        """Max-pooled prompt embeddings of all rows in ``batches``, [N, d] in float32; pooled tensors pass through."""
+        adapter, router = self.pool_name, self.prompt_router
+        if isinstance(batches, Tensor):
+            batches = [batches]
+        found = []
+        for batch in batches:
+            if not isinstance(batch, Tensor):
+                inputs = {k: v.to(self.attention.weight.device) for k, v in batch.items() if isinstance(v, Tensor)}
+                embeddings, mask = router.prompt_of(self.model, inputs)
+                batch = router.pool(self.model, adapter, inputs, embeddings, mask)
+            if batch.dim() != 2 or batch.shape[1] != self.pool_config.token_dim:
+                raise WeightsError(f"Pooled prompts have shape {list(batch.shape)}, not [N, {self.pool_config.token_dim}].")
+            found.append(batch.to(self.attention.weight.device))
+        return torch.cat(found) if found else self.attention.weight.new_zeros(0, self.pool_config.token_dim or 0)
+
+    def task_state(self, name: str) -> dict[str, Tensor]:
+        """Everything that belongs to one task, as views: A [r, in] and B [out, r] by layer, and its key [1, d]."""
+        index = self.index_of(name)
+        names = {module: key for key, module in self.model.named_modules() if isinstance(module, PoolModule)}
+        state = {}
+        for module in self.pool_modules():
+            for attr in module.stacks:
+                parts = module.parts(attr, self.pool_name, self.sizes_of(module))
+                state[f"{names[module]}.{attr}"] = parts[index]
+        return state
+
+    def index_of(self, name: str) -> int:
+        if name not in self.tasks:
+            raise TaskError(f"There is no task {name!r} in the pool. Its tasks are {self.tasks}.")
+        return self.tasks.index(name)
+
+    def sizes_of(self, module: PoolModule) -> list[int]:
+        return [1] * len(self.tasks) if isinstance(module, SharedAttention) else list(self.pool_config.task_ranks or [])
+
+    def take_tasks(self, config: SaptConfig, other: SaptConfig) -> None:
+        for name in ("tasks", "task_ranks", "task_alphas", "replay_rows", "task_name"):
+            setattr(config, name, getattr(other, name))
+        self.prompt_router.routing.seen.clear()
+        seal_from_targets(self.model)
+        self.refresh_trainable()
+
+    def refresh_trainable(self) -> None:
+        """Let PEFT switch gradients on and off as it would after set_adapter; sealed parts stay frozen."""
+        for module in self.model.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.set_adapter(self.active_adapters, inference_mode=bool(self.pool_config.inference_mode))
+
+    def refuse_sharded(self, what: str) -> None:
+        if any(type(p).__name__ in ("DTensor", "FlatParameter") for p in self.model.parameters()):
+            raise TaskError(f"{what} replaces parameters and the model is sharded: call it before FSDP wraps the model.")
