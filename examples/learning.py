@@ -35,14 +35,16 @@ class Budget:
 
     epochs: float = 3
     batch_size: int = 8
-    lr: float = 1e-3
-    attention_lr: float = 1e-3
-    r: int = 8
+    lr: float = 5e-3
+    attention_lr: float = 3e-4
+    r: int = 4
     lora_alpha: float = 32
     layers: int = 8
     max_answer: int = 8
-    generator_epochs: float = 10
-    align_steps: int = 200
+    generator_epochs: float = 2
+    generator_batch: int = 8
+    generator_lr: float = 5e-3
+    align_steps: int = 400
     seed: int = 0
 
 
@@ -58,6 +60,7 @@ class Bench:
     budget: Budget
     work: Path
     split: str = "test"
+    test_rows: int | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -164,8 +167,11 @@ def evaluate(bench: Bench, model: Any, names: list[str]) -> list[float]:
     """Mean score of each task in ``names`` on the bench's split."""
     means = []
     for name in tqdm(names, desc="evaluating", leave=False):
-        rows = bench.stream[name][bench.split]
-        scores = [bench.score(a, [str(r) for r in row["output"]]) for a, row in zip(answers(bench, model, rows), rows, strict=True)]
+        rows = bench.stream[name][bench.split][: bench.test_rows]
+        scores = [
+            bench.score(a, [str(r) for r in row["output"]])
+            for a, row in zip(answers(bench, model, rows), rows, strict=True)
+        ]
         means.append(sum(scores) / len(scores))
     return means
 
@@ -199,10 +205,13 @@ def learn_sequential(bench: Bench) -> list[list[float]]:
     return matrix
 
 
-def learn_single(bench: Bench) -> list[float]:
-    """A fresh LoRA for each task alone: its score on that task."""
-    scores = []
-    for name in tqdm(bench.stream, desc="one LoRA per task"):
+def learn_single(bench: Bench, first: float | None = None) -> list[float]:
+    """A fresh LoRA for each task alone: its score on that task.
+
+    ``first`` is the first task's score if known: sequential LoRA's first stage is the same training.
+    """
+    scores = [] if first is None else [first]
+    for name in tqdm(list(bench.stream)[len(scores) :], desc="one LoRA per task"):
         set_seed(bench.budget.seed)
         model = get_peft_model(bench.fresh(), lora_config(bench))
         train(bench, model, name, [], sapt=False)
@@ -225,7 +234,9 @@ def learn_sapt(bench: Bench) -> tuple[PeftModel, ArmCallback, dict[str, Any]]:
     arm = ArmCallback(
         bench.tokenizer,
         align_steps=budget.align_steps,
-        generator=GeneratorSettings(epochs=budget.generator_epochs, r=budget.r),
+        generator=GeneratorSettings(
+            epochs=budget.generator_epochs, batch_size=budget.generator_batch, learning_rate=budget.generator_lr
+        ),
     )
     matrix, gates = [], {}
     for stage, name in enumerate(tqdm(names, desc="SAPT")):
@@ -236,7 +247,7 @@ def learn_sapt(bench: Bench) -> tuple[PeftModel, ArmCallback, dict[str, Any]]:
         bench.seconds[f"sapt train {name}"] = time.perf_counter() - begun
         gates[name] = [h[f"attention/{name}"] for h in trainer.state.log_history if f"attention/{name}" in h]
         matrix.append(stage_row(bench, model, stage))
-    attention = {name: test_weights(bench, model, name) for name in names}
+    attention = {name: weights_of_prompts(bench, model, name) for name in names}
     found = {
         "matrix": matrix,
         "mean_weights": [attention[name].mean(dim=0).tolist() for name in names],
@@ -248,7 +259,7 @@ def learn_sapt(bench: Bench) -> tuple[PeftModel, ArmCallback, dict[str, Any]]:
 
 
 @torch.no_grad()
-def test_weights(bench: Bench, model: PeftModel, name: str) -> torch.Tensor:
-    """Attention on the test prompts of a task, [N, T]."""
+def weights_of_prompts(bench: Bench, model: PeftModel, name: str) -> torch.Tensor:
+    """Attention on all prompts of a task's scored split, [N, T]."""
     prompts = [bench.style.ids(bench.tokenizer, row) for row in bench.stream[name][bench.split]]
     return model.attention_weights(**left_padded(prompts, bench.tokenizer.pad_token_id)).cpu()

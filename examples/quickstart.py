@@ -39,8 +39,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tail", default="\nOutput:", help="text after the input")
     parser.add_argument("--no-definitions", action="store_true", help="leave the task definition out of all prompts")
     parser.add_argument("--max-tokens", type=int, default=96, help="longest prompt; only the input is cut")
+    parser.add_argument("--min-input", type=int, default=24, help="tokens of the input that are never cut")
     parser.add_argument("--rows", type=int, help="training rows per task")
-    parser.add_argument("--test-rows", type=int, help="test rows per task")
+    parser.add_argument("--test-rows", type=int, help="rows per task to answer; routing is measured on all")
     parser.add_argument("--split", choices=["validation", "test"], default="test", help="split that is scored")
     parser.add_argument("--methods", type=lambda text: text.split(","), default=["sequential", "single", "sapt"])
     parser.add_argument("--out", type=Path, default=Path("quickstart-out"))
@@ -54,22 +55,18 @@ def parse() -> argparse.Namespace:
 
 def set_up(args: argparse.Namespace) -> Bench:
     budget = Budget(**{item.name: getattr(args, item.name) for item in fields(Budget)})
-    if args.tasks_dir is None:
-        stream = make_stream(args.seed)
-    else:
-        stream = load_folder(args.tasks_dir, args.order)
+    stream = make_stream(args.seed) if args.tasks_dir is None else load_folder(args.tasks_dir, args.order)
     rows, tests = args.rows, args.test_rows
     if args.quick:
         stream = dict(list(stream.items())[:2])
-        rows, tests, budget.generator_epochs = 40, 10, 8.0
+        rows, tests, budget.generator_epochs = 40, 10, 4.0
     for splits in stream.values():
         splits["train"] = splits["train"][:rows]
-        splits[args.split] = splits[args.split][:tests]
-    style = PromptStyle(args.head, args.tail, not args.no_definitions, args.max_tokens)
+    style = PromptStyle(args.head, args.tail, not args.no_definitions, args.max_tokens, args.min_input)
     base, tokenizer = load_base(args.model, args.cache)
     score = exact_match if args.metric == "exact" else rouge_l()
     args.out.mkdir(parents=True, exist_ok=True)
-    return Bench(base, tokenizer, stream, style, score, budget, args.out, args.split)
+    return Bench(base, tokenizer, stream, style, score, budget, args.out, args.split, tests)
 
 
 def summary(matrix: list[list[float]], single: list[float] | None) -> dict[str, float | None]:
@@ -153,13 +150,19 @@ def main() -> int:
     args, begun = parse(), time.perf_counter()
     bench = set_up(args)
     path = args.out / "results.json"
-    settings = {"budget": asdict(bench.budget), "style": asdict(bench.style), "split": args.split, "metric": args.metric}
+    settings = {
+        "budget": asdict(bench.budget),
+        "style": asdict(bench.style),
+        "split": args.split,
+        "metric": args.metric,
+    }
     results: dict[str, Any] = {"tasks": list(bench.stream), "settings": settings}
     for method in args.methods:
         if method == "sequential":
             results["sequential"] = {"matrix": learn_sequential(bench)}
         elif method == "single":
-            results["single"] = learn_single(bench)
+            known = results.get("sequential")
+            results["single"] = learn_single(bench, known and known["matrix"][0][0])
         else:
             model, arm, results["sapt"] = learn_sapt(bench)
             model.save_pretrained(args.out / "pool")

@@ -19,12 +19,14 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass
 class PromptStyle:
-    """How a row becomes a prompt. Only the input is cut to fit; definition and "Output:" always stay."""
+    """How a row becomes a prompt. Only the input is cut to fit, to ``min_input`` tokens at
+    least; definition and "Output:" always stay."""
 
     head: str = "{definition}\n"
     tail: str = "\nOutput:"
     definitions: bool = True
     max_tokens: int = 96
+    min_input: int = 24
 
     def ids(self, tokenizer: Any, row: Row) -> list[int]:
         def encode(text: str) -> list[int]:
@@ -33,7 +35,7 @@ class PromptStyle:
         shown = bool(self.definitions and row["instruction"])
         head = encode(self.head.format(definition=row["instruction"])) if shown else []
         tail = encode(self.tail)
-        room = max(0, self.max_tokens - len(head) - len(tail))
+        room = max(self.min_input, self.max_tokens - len(head) - len(tail))
         return head + encode(str(row["input"]))[:room] + tail
 
 
@@ -48,7 +50,9 @@ def load_folder(folder: Path, order: list[str] | None) -> dict[str, dict[str, li
     wanted = known if order is None else order
     missing = [f"{name}.{split}" for name in wanted for split in SPLITS if f"{name}.{split}" not in files]
     if missing or not wanted:
-        raise SystemExit(f"{folder} lacks {missing or 'any task'}; tasks there: {known}. Check --tasks-dir and --order.")
+        raise SystemExit(
+            f"{folder} lacks {missing or 'any task'}; tasks there: {known}. Check --tasks-dir and --order."
+        )
     return {name: {split: _read(files[f"{name}.{split}"]) for split in SPLITS} for name in wanted}
 
 
@@ -117,6 +121,6 @@ def rouge_l() -> Callable[[str, list[str]], float]:
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    return lambda answer, references: 100.0 * max(
-        scorer.score(reference, answer)["rougeL"].fmeasure for reference in references
+    return lambda answer, references: (
+        100.0 * max(scorer.score(reference, answer)["rougeL"].fmeasure for reference in references)
     )

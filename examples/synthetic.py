@@ -18,12 +18,24 @@ OPINIONS = {
     "complaint": ["awful", "cold and bland", "a letdown", "badly burnt", "not worth the wait", "inedible"],
 }
 TOPICS = {
-    "finance": ["shares fall as the central bank lifts rates", "the lender posts a record quarterly profit",
-                "bond yields climb before the budget", "the start-up plans its stock market debut"],
-    "sports": ["the striker scores twice in a late comeback", "the sprinter breaks the national record",
-               "the coach resigns after a third defeat", "the rowing crew wins gold in the final"],
-    "space": ["the probe enters orbit around the icy moon", "astronomers spot a planet with two suns",
-              "the rocket returns safely after its test flight", "the telescope maps a distant galaxy"],
+    "finance": [
+        "shares fall as the central bank lifts rates",
+        "the lender posts a record quarterly profit",
+        "bond yields climb before the budget",
+        "the start-up plans its stock market debut",
+    ],
+    "sports": [
+        "the striker scores twice in a late comeback",
+        "the sprinter breaks the national record",
+        "the coach resigns after a third defeat",
+        "the rowing crew wins gold in the final",
+    ],
+    "space": [
+        "the probe enters orbit around the icy moon",
+        "astronomers spot a planet with two suns",
+        "the rocket returns safely after its test flight",
+        "the telescope maps a distant galaxy",
+    ],
 }
 CREATURES = {
     "bird": ["heron", "swift", "kestrel", "puffin", "wren", "crane"],

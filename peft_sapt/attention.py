@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import SaptConfig
-from .pool import PoolModule, linear_from
+from .pool import Linears, PoolModule, linear_from
 
 LAYER_NORM_EPS = 1e-5
 
@@ -46,6 +47,13 @@ class SharedAttention(nn.Module, PoolModule):
     adapter_layer_names = ("sapt_query_down", "sapt_query_up", "sapt_query_norm", "sapt_key")
     other_param_names = ("sapt_old_keys", "sapt_targets", "sapt_replay")
     stacks = {"sapt_key": ("sapt_old_keys", 0)}
+    sapt_query_down: Linears
+    sapt_query_up: Linears
+    sapt_query_norm: MutableMapping[str, nn.LayerNorm]
+    sapt_key: Linears
+    sapt_old_keys: Linears
+    sapt_targets: Linears
+    sapt_replay: Linears
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +68,7 @@ class SharedAttention(nn.Module, PoolModule):
     @property
     def weight(self) -> Tensor:
         """PEFT asks a tuner layer for its base layer's weight; the attention has none, its projection stands in."""
-        return next(self.sapt_query_down.parameters())
+        return next(iter(self.sapt_query_down.values())).weight
 
     @property
     def bias(self) -> None:
@@ -104,10 +112,7 @@ class SharedAttention(nn.Module, PoolModule):
         """LayerNorm(SiLU(W_up W_down e)), or with the SiLU between the two (SAPT, Eq. 1): [..., d] -> [..., d]."""
         down, up = self.sapt_query_down[adapter], self.sapt_query_up[adapter]
         x = down(pooled.to(down.weight.dtype))  # [..., query_dim]
-        if self.configs[adapter].query_activation == "between":
-            x = up(F.silu(x))
-        else:
-            x = F.silu(up(x))
+        x = up(F.silu(x)) if self.configs[adapter].query_activation == "between" else F.silu(up(x))
         return self.sapt_query_norm[adapter](x)
 
     def log_weights(self, pooled: Tensor, adapter: str) -> Tensor:

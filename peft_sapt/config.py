@@ -71,9 +71,7 @@ class SaptConfig(PeftConfig):
     )
     target_modules: list[str] | str | None = field(
         default=None,
-        metadata={
-            "help": "Names, or one regex, of the modules to adapt; by default PEFT's LoRA mapping for the architecture."
-        },
+        metadata={"help": "Names, or one regex, of the modules to adapt; by default PEFT's mapping for LoRA."},
     )
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names, or one regex, of modules to leave alone."}
@@ -140,12 +138,12 @@ class SaptConfig(PeftConfig):
 
     def _check_ranges(self) -> None:
         checks: list[tuple[str, bool, str]] = [
-            ("r", isinstance(self.r, int) and self.r > 0, "a positive int"),
+            ("r", _whole(self.r) and self.r > 0, "a positive int"),
             ("lora_alpha", _positive(self.lora_alpha), "a positive number"),
             ("lora_dropout", _number(self.lora_dropout) and 0 <= self.lora_dropout < 1, "a number in [0, 1)"),
             ("block", self.block == "lora", "'lora'"),
             ("router", self.router == "attention", "'attention'"),
-            ("query_dim", isinstance(self.query_dim, int) and self.query_dim > 0, "a positive int"),
+            ("query_dim", _whole(self.query_dim) and self.query_dim > 0, "a positive int"),
             ("query_activation", self.query_activation in ("after", "between"), "'after' or 'between'"),
             ("temperature", _positive(self.temperature), "a positive number"),
         ]
@@ -171,11 +169,14 @@ class SaptConfig(PeftConfig):
         self.task_ranks = [self.r] * count if self.task_ranks is None else list(self.task_ranks)
         self.task_alphas = [self.lora_alpha] * count if self.task_alphas is None else list(self.task_alphas)
         self.replay_rows = [0] * count if self.replay_rows is None else list(self.replay_rows)
-        for name in ("task_ranks", "task_alphas", "replay_rows"):
+        wanted = {"task_ranks": (_whole, 1), "task_alphas": (_positive, 0), "replay_rows": (_whole, 0)}
+        for name, (valid, low) in wanted.items():
             values = getattr(self, name)
-            low = 0 if name == "replay_rows" else 1e-12
-            if len(values) != count or not all(_number(v) and v >= low for v in values):
-                raise SaptError(f"SaptConfig.{name} must hold one number for each of the {count} tasks, got {values!r}.")
+            if len(values) != count or not all(valid(v) and v >= low for v in values):
+                raise SaptError(
+                    f"SaptConfig.{name} must hold one {'whole' if valid is _whole else 'positive'} number for each of "
+                    f"the {count} tasks, got {values!r}."
+                )
 
     @property
     def scalings(self) -> list[float]:
@@ -208,3 +209,7 @@ def _number(value: object) -> bool:
 
 def _positive(value: object) -> bool:
     return _number(value) and value > 0  # type: ignore[operator]
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -37,7 +37,7 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
 
 
 def share_weights_file(folder: str | os.PathLike) -> None:
-    """Give the weights file in ``folder`` the permissions of the umask; safetensors leaves it readable by the owner."""
+    """Give the weights file in ``folder`` the permissions of the umask; safetensors leaves it private."""
     weights = Path(folder) / SAFETENSORS_WEIGHTS_NAME
     if weights.exists():
         os.chmod(weights, umask_mode())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .config import SaptConfig
 from .errors import WeightsError
 from .ops import gated_lora
-from .pool import PoolModule, linear_from
+from .pool import Linears, PoolModule, linear_from
 from .routing import Routing
 
 
@@ -23,6 +23,10 @@ class SaptLayer(PoolModule):
     adapter_layer_names = ("sapt_A", "sapt_B")
     other_param_names = ("sapt_old_A", "sapt_old_B")
     stacks = {"sapt_A": ("sapt_old_A", 0), "sapt_B": ("sapt_old_B", 1)}
+    sapt_A: Linears
+    sapt_B: Linears
+    sapt_old_A: Linears
+    sapt_old_B: Linears
 
     def __init__(self, base_layer: nn.Module, routing: Routing) -> None:
         self.base_layer = base_layer
@@ -36,8 +40,8 @@ class SaptLayer(PoolModule):
         in_features, out_features = _get_in_out_features(self.get_base_layer())
         if in_features is None or out_features is None:
             raise TypeError(
-                f"Layer of type {type(self.get_base_layer()).__name__} has no known in and out features, so SAPT cannot "
-                "adapt it: take it out of target_modules."
+                f"Layer of type {type(self.get_base_layer()).__name__} has no known in and out features, so SAPT "
+                "cannot adapt it: take it out of target_modules."
             )
         self.in_features, self.out_features = in_features, out_features
 
@@ -101,8 +105,8 @@ class Linear(nn.Module, SaptLayer):
         gates = self.routing.gates
         if gates is None:
             raise WeightsError(
-                "A SAPT layer ran outside of the model's own forward, so no attention weights are known. Call the whole "
-                "model. (Gradient checkpointing, which reruns layers alone, is not supported yet: switch it off.)"
+                "A SAPT layer ran outside of the model's own forward, so no attention weights are known. Call the "
+                "whole model. (Gradient checkpointing, which reruns layers alone, is not supported: switch it off.)"
             )
         if gates.shape[0] != x.shape[0]:
             raise WeightsError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .attention import SharedAttention
 from .config import SaptConfig
-from .errors import PoolFormatError, SaptError, TaskError
+from .errors import PoolFormatError, SaptError
 from .layer import Linear, SaptLayer
 from .pool import PoolModule
 from .pool_io import MANIFEST, build_manifest, check_loaded, read_manifest
@@ -45,7 +46,7 @@ class SaptModel(TaskPool, BaseTuner):
 
     prefix = "sapt_"
     tuner_layer_cls = PoolModule
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
 
     # --- building -----------------------------------------------------------------------------------------------
 
@@ -63,7 +64,7 @@ class SaptModel(TaskPool, BaseTuner):
         config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         embedding = embedding_weight(model)
         config.token_dim = checked_token_dim(config.token_dim, embedding)
-        known = getattr(model, "shared_attention", None)
+        known: SharedAttention | None = getattr(model, "shared_attention", None)
         self._routing: Routing = Routing() if known is None else known.router.routing
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         if known is None:
@@ -72,13 +73,14 @@ class SaptModel(TaskPool, BaseTuner):
             attention.router.attach(model)
             model.shared_attention = attention
             model.register_load_state_dict_post_hook(seal_after_load)
+            known = attention
         device = None if embedding is None else embedding.device
         if low_cpu_mem_usage and init_empty_weights is not None:
             with init_empty_weights():
-                model.shared_attention.update_layer(adapter_name, config, None)
+                known.update_layer(adapter_name, config, None)
         else:
-            model.shared_attention.update_layer(adapter_name, config, device)
-        model.shared_attention.set_adapter(self.active_adapters, inference_mode=bool(config.inference_mode))
+            known.update_layer(adapter_name, config, device)
+        known.set_adapter(self.active_adapters, inference_mode=bool(config.inference_mode))
         seal_from_targets(model)
 
     def _create_and_replace(
@@ -111,7 +113,7 @@ class SaptModel(TaskPool, BaseTuner):
         return self.model(*args, **kwargs)
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
             raise SaptError(
                 "adapter_names (one adapter per row) is not supported: tasks live inside one adapter, so pass "
@@ -169,7 +171,7 @@ class SaptModel(TaskPool, BaseTuner):
                 "A pool cannot be merged into the base model: its mixture differs from prompt to prompt. Keep the "
                 "adapter, or call unload() for the base model without it."
             )
-        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         if hasattr(model, "shared_attention"):
             model.shared_attention.router.detach()
             del model.shared_attention
@@ -233,7 +235,7 @@ def checked_token_dim(wanted: int | None, embedding: Tensor | None) -> int:
     found = int(embedding.shape[-1])
     if wanted is not None and wanted != found:
         raise PoolFormatError(
-            f"SaptConfig.token_dim is {wanted}, but this base model's token embeddings have width {found}: the pool was "
-            "made for another base model. Load it onto that one."
+            f"SaptConfig.token_dim is {wanted}, but this base model's token embeddings have width {found}: the "
+            "pool was made for another base model. Load it onto that one."
         )
     return found

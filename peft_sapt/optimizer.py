@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Trainer, TrainingArguments
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 
 def optimizer_groups(
@@ -49,7 +51,9 @@ def create_optimizer(
     >>> Trainer(model=model, args=args, optimizers=create_optimizer(model, args, attention_lr=1e-3), ...)
     ```
     """
-    cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
+    from transformers import Trainer  # here, as it loads datasets
+
+    cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)  # type: ignore[arg-type]
     groups = optimizer_groups(model, args.learning_rate, attention_lr, args.weight_decay)
     kwargs = {k: v for k, v in kwargs.items() if k != "lr"}
     return cls(groups, lr=args.learning_rate, **kwargs), None

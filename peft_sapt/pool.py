@@ -8,9 +8,13 @@ A committed task stays in the first kind until the next one is added; it is *sea
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
+
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+
+Linears = MutableMapping[str, nn.Linear]  # what an nn.ModuleDict of them is to a reader
 
 
 def linear_from(weight: Tensor, trainable: bool = False) -> nn.Linear:

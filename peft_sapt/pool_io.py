@@ -1,6 +1,6 @@
 """What makes the weights file of a pool describe itself: a manifest of tasks and digests, stored as one more tensor.
 
-PEFT writes ``adapter_model.safetensors`` with fixed metadata, so the manifest travels inside as a uint8 tensor of JSON.
+PEFT writes ``adapter_model.safetensors`` with fixed metadata, so the manifest is inside as a uint8 tensor of JSON.
 The weights file is the commit point of a save: where it and ``adapter_config.json`` disagree, loading refuses by name.
 """
 
@@ -26,7 +26,7 @@ def digest(tensor: Tensor) -> str:
     flat = tensor.detach().cpu().contiguous()
     sha = hashlib.sha256(f"{str(flat.dtype).removeprefix('torch.')}{list(flat.shape)}".encode())
     if flat.numel():
-        sha.update(flat.view(-1).view(torch.uint8).numpy())
+        sha.update(memoryview(flat.view(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
     return sha.hexdigest()
 
 
@@ -48,7 +48,9 @@ def build_manifest(config: SaptConfig, committed: list[bool], tensors: dict[str,
 def read_manifest(tensor: Tensor) -> dict[str, Any]:
     """Parse a manifest; raises [`PoolFormatError`] if it is not one that this version can read."""
     if tensor.dtype != torch.uint8 or tensor.dim() != 1 or tensor.numel() > MAX_MANIFEST_BYTES:
-        raise PoolFormatError("The pool's manifest is not a uint8 vector of bounded size: the weights file is damaged.")
+        raise PoolFormatError(
+            "The pool's manifest is not a uint8 vector of bounded size: the weights file is damaged."
+        )
     try:
         values = json.loads(bytes(tensor.cpu().numpy()).decode())
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:

@@ -1,7 +1,7 @@
 """How the attention weights of a forward are found and travel to the layers.
 
-The one point that every caller shares (PEFT's classes, ``generate``, pipelines, a direct call of the base model) is the
-``__call__`` of the base model, and of the encoder where ``generate`` runs it alone. Forward hooks there decide, in this
+The one point that every caller shares (PEFT's classes, ``generate``, pipelines, a direct call of the base model) is
+the ``__call__`` of the base model, and of the encoder where ``generate`` runs it alone. Forward hooks there decide, in this
 order: weights or a task given by the caller, those of the generation under way, those kept with a non-empty cache,
 those kept with encoder outputs, and otherwise the shared attention on this forward's prompt tokens.
 """
@@ -173,7 +173,7 @@ class PromptRouter:
         ids, embeddings = inputs.get("input_ids"), inputs.get("inputs_embeds")
         if ids is None and embeddings is None:
             raise PromptError("Neither input_ids nor inputs_embeds is given: the attention needs the prompt.")
-        shape = embeddings.shape[:2] if ids is None else ids.shape
+        shape = ids.shape if ids is not None else embeddings.shape[:2]  # type: ignore[union-attr]
         mask = inputs.get("sapt_prompt_mask")
         if mask is not None:
             if tuple(mask.shape) != tuple(shape):
@@ -233,7 +233,7 @@ class PromptRouter:
 
 
 def with_padding(module: nn.Module, pooled: Tensor, mask: Tensor, inputs: dict[str, Any]) -> Tensor:
-    """Let the pad embedding take part in the max of each row that the release would pad, as it does (``pool_padding``).
+    """Let the pad embedding take part in the max of each row that the release would pad, as it does (pool_padding).
 
     The release pads the prompts of a batch to the longest one; with labels in the same row (decoder-only training) its
     collator does so on the prompts alone.

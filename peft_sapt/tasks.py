@@ -21,7 +21,9 @@ def seal_from_targets(model: nn.Module) -> None:
     """Seal each pool whose newest task is committed, and unseal the others, on every module of ``model``."""
     attention = next(m for m in model.modules() if isinstance(m, SharedAttention))
     for adapter in attention.configs:
-        sealed = attention.committed(adapter)[-1] if attention.sapt_targets[adapter].weight.device.type != "meta" else 0
+        sealed = (
+            attention.committed(adapter)[-1] if attention.sapt_targets[adapter].weight.device.type != "meta" else 0
+        )
         for module in model.modules():
             if isinstance(module, PoolModule) and module.holds(adapter):
                 module.seal(adapter, bool(sealed))
@@ -47,7 +49,9 @@ class TaskPool:
     def pool_name(self) -> str:
         """Name of the active adapter."""
         if len(self.active_adapters) != 1:
-            raise TaskError(f"{len(self.active_adapters)} adapters are active: choose one pool with set_adapter(name).")
+            raise TaskError(
+                f"{len(self.active_adapters)} adapters are active: choose one pool with set_adapter(name)."
+            )
         return self.active_adapters[0]
 
     @property
@@ -239,7 +243,9 @@ class TaskPool:
                 embeddings, mask = router.prompt_of(self.model, inputs)
                 batch = router.pool(self.model, adapter, inputs, embeddings, mask)
             if batch.dim() != 2 or batch.shape[1] != self.pool_config.token_dim:
-                raise WeightsError(f"Pooled prompts have shape {list(batch.shape)}, not [N, {self.pool_config.token_dim}].")
+                raise WeightsError(
+                    f"Pooled prompts have shape {list(batch.shape)}, not [N, {self.pool_config.token_dim}]."
+                )
             found.append(batch.to(self.attention.weight.device))
         return torch.cat(found) if found else self.attention.weight.new_zeros(0, self.pool_config.token_dim or 0)
 
@@ -260,7 +266,9 @@ class TaskPool:
         return self.tasks.index(name)
 
     def sizes_of(self, module: PoolModule) -> list[int]:
-        return [1] * len(self.tasks) if isinstance(module, SharedAttention) else list(self.pool_config.task_ranks or [])
+        return (
+            [1] * len(self.tasks) if isinstance(module, SharedAttention) else list(self.pool_config.task_ranks or [])
+        )
 
     def take_tasks(self, config: SaptConfig, other: SaptConfig) -> None:
         for name in ("tasks", "task_ranks", "task_alphas", "replay_rows", "task_name"):
@@ -277,4 +285,6 @@ class TaskPool:
 
     def refuse_sharded(self, what: str) -> None:
         if any(type(p).__name__ in ("DTensor", "FlatParameter") for p in self.model.parameters()):
-            raise TaskError(f"{what} replaces parameters and the model is sharded: call it before FSDP wraps the model.")
+            raise TaskError(
+                f"{what} replaces parameters and the model is sharded: call it before FSDP wraps the model."
+            )

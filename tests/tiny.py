@@ -29,7 +29,7 @@ def tiny_llama(hidden: int = 64, kv_heads: int = 2) -> PreTrainedModel:
     return LlamaForCausalLM(config)
 
 
-def tiny_t5(hidden: int = 64, inner: int = 48, decoder_layers: int = 3) -> PreTrainedModel:
+def tiny_t5(hidden: int = 64, inner: int = 48, decoder_layers: int = 2) -> PreTrainedModel:
     config = T5Config(
         vocab_size=VOCAB,
         d_model=hidden,

@@ -1,7 +1,8 @@
 """Metrics of continual learning as pure functions of a score matrix.
 
 ``R`` is T x T, in percent: row i holds the scores on all tasks after stage i, so R[i][j] is the score on task j after
-learning task i. Entries above the diagonal (tasks not learned yet) are not used and may be NaN.
+learning task i. Entries above the diagonal (tasks not learned yet) may be 0 or NaN; a score measured there counts
+only as a candidate for the best score in F.Ra, as in the paper's formula.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ def score_matrix(R: ArrayLike) -> NDArray[np.float64]:
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.size:
         raise ValueError(f"R must be a T x T array with T >= 1, got shape {matrix.shape}.")
     if not np.isfinite(np.tril(matrix)[np.tril_indices(len(matrix))]).all():
-        raise ValueError("R has a missing or infinite score on or below the diagonal: evaluate every task learned so far.")
+        raise ValueError(
+            "R has a missing or infinite score on or below the diagonal: evaluate every task learned so far."
+        )
     return matrix
 
 
@@ -41,7 +44,7 @@ def forgetting_rate(R: ArrayLike) -> float:
     count = len(matrix)
     if count == 1:
         return 0.0
-    return float(np.mean([matrix[j : count - 1, j].max() - matrix[-1, j] for j in range(count - 1)]))
+    return float(np.mean([np.nanmax(matrix[: count - 1, j]) - matrix[-1, j] for j in range(count - 1)]))
 
 
 def backward_transfer(R: ArrayLike, divisor: Literal["paper", "textbook"] = "paper") -> float:

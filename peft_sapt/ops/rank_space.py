@@ -75,7 +75,7 @@ def weighted_lora(
     Args:
         x: input of the frozen layer, [B, S, D] or [B, D]; the factors share its dtype.
         base: output of the frozen layer, [B, S, O] or [B, O].
-        old_a, old_b: frozen blocks stacked along the rank axis, oldest first, [R_old, D] and [O, R_old]; None if T = 1.
+        old_a, old_b: frozen blocks stacked along the rank axis, oldest first, [R_old, D] and [O, R_old], or None.
         new_a, new_b: the block of the newest task, [r, D] and [O, r].
         weights: attention weights, [B, T], or [B, S, T] per token; best in float32.
         scaling: lora_alpha / r of each of the T tasks.
@@ -95,6 +95,8 @@ def weighted_lora(
             "per task."
         )
     if weights.shape[0] != x.shape[0]:
-        raise ValueError(f"weights are for {weights.shape[0]} rows, x has {x.shape[0]}: give one weight row per input.")
+        raise ValueError(
+            f"weights are for {weights.shape[0]} rows, x has {x.shape[0]}: give one weight row per input."
+        )
     gates = rank_gates(weights, scaling, ranks)
     return gated_lora(x, base, old_a, old_b, new_a, new_b, gates, old_gradient=old_gradient)

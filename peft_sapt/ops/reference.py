@@ -1,4 +1,4 @@
-"""The definition of weighted LoRA aggregation, as slow and plain as it can be; tests and benchmarks compare with it."""
+"""The definition of weighted LoRA aggregation, slow and plain; tests and benchmarks compare with it."""
 
 from __future__ import annotations
 

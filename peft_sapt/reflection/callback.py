@@ -6,12 +6,12 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 
 from ..errors import ReflectionError, TaskError
 from ..files import write_atomically
@@ -20,6 +20,9 @@ from . import generator as gen
 from .generator import GeneratorSettings
 from .objective import align_attention, attention_loss
 from .pseudo import MIN_PSEUDO_SAMPLES, Selection, wanted_count
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 LOG_PREFIX = "attention/"
 
@@ -31,7 +34,8 @@ class ArmCallback(TrainerCallback):
       replay rows of old tasks and the new task's prompts, so that training starts behind an open gate.
     - ``on_step_begin``: once per optimizer step, adds the gradient of [`attention_loss`]: KL to the stored targets on
       replay rows, balanced by a floor under the new task's own weight.
-    - ``on_train_end``: fits the generator, draws pseudo-samples, and commits the task with its attention target.
+    - ``on_train_end``: fits the attention once more, so that old tasks have theirs back and the new one keeps what it
+      ended with; fits the generator, draws pseudo-samples, and commits the task with its attention target.
     - ``on_log``: adds ``attention/<task>``, the mean weight of each task on the current task's prompts.
 
     Args:
@@ -40,7 +44,7 @@ class ArmCallback(TrainerCallback):
         pseudo_share, min_pseudo_samples: replay rows per task: 2 % of its training rows (the paper), at least 20.
         kl_weight: weight of the replay term, averaged over old tasks (lambda in the paper).
         gate_weight, gate_floor: weight of the gate term, and the own weight above which it is silent.
-        align_steps, align_learning_rate: the fit of the attention before training; 0 steps switch it off.
+        align_steps, align_learning_rate: the fits of the attention before and after training; 0 steps switch them off.
         batch_size: prompts of the current task in each attention step.
         max_rows: training prompts considered, evenly spaced over the training set.
         generator: [`GeneratorSettings`].
@@ -52,8 +56,8 @@ class ArmCallback(TrainerCallback):
         pseudo_samples: per committed task, the texts drawn; ``save_replay(folder)`` writes them.
 
     Raises:
-        ReflectionError: the tokenizer lacks a token, an old task has no replay rows, fp16 is on, the generator gave too
-            few usable samples, ...
+        ReflectionError: the tokenizer lacks a token, an old task has no replay rows, fp16 is on, the generator gave
+            too few usable samples, ...
         TaskError: the current task is committed already, or the training rows belong to another one.
     """
 
@@ -66,9 +70,9 @@ class ArmCallback(TrainerCallback):
         min_pseudo_samples: int = MIN_PSEUDO_SAMPLES,
         kl_weight: float = 1.0,
         gate_weight: float = 1.0,
-        gate_floor: float = 0.8,
-        align_steps: int = 200,
-        align_learning_rate: float = 1e-3,
+        gate_floor: float = 0.9,
+        align_steps: int = 400,
+        align_learning_rate: float = 2e-3,
         batch_size: int = 64,
         max_rows: int = 2048,
         generator: GeneratorSettings | None = None,
@@ -87,7 +91,7 @@ class ArmCallback(TrainerCallback):
         self.tokenizer = tokenizer
         self.replay = replay
         self.pseudo_share, self.min_pseudo_samples = pseudo_share, min_pseudo_samples
-        self.weights = {"kl_weight": kl_weight, "gate_weight": gate_weight, "gate_floor": gate_floor}
+        self.weights: dict[str, Any] = {"kl_weight": kl_weight, "gate_weight": gate_weight, "gate_floor": gate_floor}
         self.align_steps, self.align_learning_rate = align_steps, align_learning_rate
         self.batch_size, self.max_rows = batch_size, max_rows
         self.generator = GeneratorSettings() if generator is None else generator
@@ -146,7 +150,7 @@ class ArmCallback(TrainerCallback):
     # --- the steps of ARM, for loops of your own ----------------------------------------------------------------
 
     def prepare(self, model: Any, batches: Iterable[Mapping[str, Tensor]], seed: int = 0) -> None:
-        """What ``on_train_begin`` does, for a loop without the Trainer; ``batches`` as the model's forward takes them."""
+        """What ``on_train_begin`` does, for a loop without the Trainer; ``batches`` are forward's arguments."""
         pool = pool_of(model)
         self.check_replay(pool)
         self.take_batches(pool, batches)
@@ -158,18 +162,26 @@ class ArmCallback(TrainerCallback):
         """The attention loss of one optimizer step; add its gradient once per step. Needs two tasks or more."""
         pool = pool_of(model)
         if self.pooled is None:
-            raise ReflectionError("ArmCallback.penalty() needs the task's prompts: call prepare(model, batches) first.")
+            raise ReflectionError(
+                "ArmCallback.penalty() needs the task's prompts: call prepare(model, batches) first."
+            )
         rows = torch.randperm(len(self.pooled), generator=torch.Generator().manual_seed(seed))[: self.batch_size]
         current = self.pooled[rows.to(self.pooled.device)]
         return attention_loss(pool.attention, pool.pool_name, current, **self.weights)
 
     def reflect(self, model: Any, seed: int = 0) -> None:
-        """Draw the replay rows of the current task and commit it."""
+        """Give old tasks their attention back, draw the replay rows of the current task, and commit it."""
         pool = pool_of(model)
         if self.pooled is None:
-            raise ReflectionError("ArmCallback.reflect() needs the task's prompts: call prepare(model, batches) first.")
+            raise ReflectionError(
+                "ArmCallback.reflect() needs the task's prompts: call prepare(model, batches) first."
+            )
         wanted = wanted_count(self.rows, self.pseudo_share, self.min_pseudo_samples)
         name = pool.current_task
+        if len(pool.tasks) > 1 and self.align_steps:
+            with torch.no_grad():
+                kept = pool.prompt_router.attend(self.pooled, pool.pool_name).mean(dim=0)
+            self.align(pool, seed, kept)
         if self.replay == "rows":
             picked = torch.randperm(len(self.pooled), generator=torch.Generator().manual_seed(seed))[:wanted]
             replay: Tensor = self.pooled[picked.to(self.pooled.device)]
@@ -189,7 +201,7 @@ class ArmCallback(TrainerCallback):
 
     # --- parts --------------------------------------------------------------------------------------------------
 
-    def align(self, pool: SaptModel, seed: int) -> None:
+    def align(self, pool: SaptModel, seed: int, own_target: Tensor | None = None) -> None:
         assert self.pooled is not None
         align_attention(
             pool.attention,
@@ -199,11 +211,12 @@ class ArmCallback(TrainerCallback):
             learning_rate=self.align_learning_rate,
             batch_size=self.batch_size * 4,
             seed=seed,
+            own_target=own_target,
             **self.weights,
         )
 
     def generate(self, model: Any, pool: SaptModel, wanted: int, seed: int) -> Tensor:
-        """Fit a generator to the task's prompts and draw ``wanted`` pseudo-samples: their pooled prompts [wanted, d]."""
+        """Fit a generator to the task's prompts and draw ``wanted`` pseudo-samples: pooled, [wanted, d]."""
         name, tokenizer, settings = pool.current_task, self.tokenizer, self.generator
         start = tokenizer(gen.PREFIX, add_special_tokens=False).input_ids
         selection = Selection(wanted, self.prompts, set(tokenizer.all_special_ids), self.allow_copies)
@@ -295,14 +308,14 @@ def check_arguments(args: TrainingArguments) -> None:
 
 
 def check_task_of_rows(dataset: Any, pool: SaptModel) -> None:
-    """Refuse rows that say, in a column ``task``, that they belong to another task of the pool than the current one."""
+    """Refuse rows that say, in a column ``task``, that they belong to another task than the current one."""
     columns = getattr(dataset, "column_names", None) or []
     names = set(dataset["task"]) if "task" in columns else set()
     other = sorted(name for name in names if name in pool.tasks and name != pool.current_task)
     if other:
         raise TaskError(
-            f"The training rows belong to task {other}, but only the current task {pool.current_task!r} of the pool can "
-            "be trained: blocks of older tasks are frozen for good."
+            f"The training rows belong to task {other}, but only the current task {pool.current_task!r} of the pool "
+            "can be trained: blocks of older tasks are frozen for good."
         )
 
 

@@ -26,7 +26,7 @@ PREFIX = "__gen__"
 @dataclass
 class GeneratorSettings:
     """How the generator is fitted and drawn from; rank, alpha, dropout, learning rate, batch and top_k are the
-    release's. Its 5000 steps are an upper bound here: ``epochs`` passes over the task's prompts end the fit earlier."""
+    release's. Its 5000 steps are an upper bound here: ``epochs`` passes over the prompts end the fit earlier."""
 
     r: int = 8
     lora_alpha: float = 32
@@ -72,7 +72,9 @@ def generator_adapter(model: Any, settings: GeneratorSettings) -> Iterator[None]
         model.train(training)
 
 
-def fit(model: Any, prompts: list[list[int]], start: list[int], eos: int, settings: GeneratorSettings, seed: int) -> list[float]:
+def fit(
+    model: Any, prompts: list[list[int]], start: list[int], eos: int, settings: GeneratorSettings, seed: int
+) -> list[float]:
     """Teach the active generator to write ``prompts`` after ``start``; returns the loss of each step."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
@@ -120,7 +122,13 @@ def training_batch(prompts: list[list[int]], start: list[int], eos: int, encoder
 
 @torch.no_grad()
 def draw(
-    model: Any, selection: Selection, start: list[int], eos: int, pad: int, max_tokens: int, settings: GeneratorSettings
+    model: Any,
+    selection: Selection,
+    start: list[int],
+    eos: int,
+    pad: int,
+    max_tokens: int,
+    settings: GeneratorSettings,
 ) -> None:
     """Sample rows from the active generator into ``selection`` until it is full or ``max_draws`` is spent."""
     model.eval()

@@ -37,15 +37,17 @@ def attention_loss(
     *,
     kl_weight: float = 1.0,
     gate_weight: float = 1.0,
-    gate_floor: float = 0.8,
+    gate_floor: float = 0.9,
+    own_target: Tensor | None = None,
 ) -> Tensor:
     """``kl_weight * mean_i KL_i + gate_weight * shortfall`` for a pool of at least two tasks; a scalar.
 
-    The replay terms are averaged over the old tasks, so one weight means the same at any length of the stream; the loss
-    belongs to an optimizer step, not to a micro-batch, so it means the same under any gradient accumulation.
+    The replay terms are averaged over the old tasks, so one weight means the same at any length of the stream; the
+    loss belongs to an optimizer step, not to a micro-batch, so it means the same under any gradient accumulation.
 
     Args:
         current: pooled prompts of the task under training, [n, d].
+        own_target: attention that the current task is to keep, [T]; its KL then takes the place of the shortfall.
     """
     replay = attention.replay(adapter)[:-1]
     targets = attention.targets(adapter)[:-1]  # [T - 1, T]
@@ -53,7 +55,8 @@ def attention_loss(
     *old, new = attention.log_weights(pooled, adapter).split([*(len(r) for r in replay), len(current)])
     terms = [replay_divergence(lw, target) for lw, target in zip(old, targets, strict=True) if len(lw)]
     divergence = torch.stack(terms).mean() if terms else new.new_zeros(())
-    return kl_weight * divergence + gate_weight * gate_shortfall(new, gate_floor)
+    own = gate_shortfall(new, gate_floor) if own_target is None else replay_divergence(new, own_target)
+    return kl_weight * divergence + gate_weight * own
 
 
 def align_attention(
@@ -67,18 +70,21 @@ def align_attention(
     seed: int,
     kl_weight: float = 1.0,
     gate_weight: float = 1.0,
-    gate_floor: float = 0.8,
+    gate_floor: float = 0.9,
+    own_target: Tensor | None = None,
 ) -> float:
-    """Fit query projection and newest key to [`attention_loss`] alone; returns the last loss.
+    """Fit query projection and newest key to [`attention_loss`] alone, at a falling rate; returns the last loss.
 
     The language model does not run: pooled prompts are constants, so a step costs a few small matrix products. Done
-    before the first training step, it lets the new block learn behind an open gate from the start.
+    before the first training step, it lets the new block learn behind an open gate from the start; done after the last
+    one, with ``own_target``, it undoes what the language model's gradient did to the attention of old tasks.
     """
     parameters = [p for name in attention.adapter_layer_names for p in getattr(attention, name)[adapter].parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     order = torch.Generator().manual_seed(seed)
     loss = torch.zeros(())
-    for _ in range(steps):
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / steps)
         rows = torch.randperm(len(current), generator=order)[:batch_size].to(current.device)
         loss = attention_loss(
             attention,
@@ -87,9 +93,10 @@ def align_attention(
             kl_weight=kl_weight,
             gate_weight=gate_weight,
             gate_floor=gate_floor,
+            own_target=own_target,
         )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return float(loss)
+    return float(loss.detach())

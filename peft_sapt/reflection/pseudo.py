@@ -1,4 +1,4 @@
-"""Choosing pseudo-samples among what a generator drew: no empty, repeated or special-token rows, no verbatim copies."""
+"""Choosing pseudo-samples among what a generator drew: no empty or repeated rows, no verbatim copies."""
 
 from __future__ import annotations
 
