@@ -19,8 +19,9 @@ from .errors import PoolFormatError, SaptError
 from .layer import Linear, SaptLayer
 from .pool import PoolModule
 from .pool_io import MANIFEST, build_manifest, check_loaded, read_manifest
-from .routing import KEPT, SAPT_ARGUMENTS, PromptRouter, Routing, batch_of, spread
+from .routing import KEPT, SAPT_ARGUMENTS, PromptRouter, Routing, batch_of
 from .tasks import TaskPool, seal_from_targets
+from .weights import spread
 
 try:  # accelerate is PEFT's own dependency; a private move there must not break the import
     from accelerate import init_empty_weights

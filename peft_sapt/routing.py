@@ -1,9 +1,9 @@
 """How the attention weights of a forward are found and travel to the layers.
 
-The one point that every caller shares (PEFT's classes, ``generate``, pipelines, a direct call of the base model) is
-the ``__call__`` of the base model, and of the encoder where ``generate`` runs it alone. Forward hooks there decide, in this
-order: weights or a task given by the caller, those of the generation under way, those kept with a non-empty cache,
-those kept with encoder outputs, and otherwise the shared attention on this forward's prompt tokens.
+Every caller (PEFT's classes, ``generate``, pipelines, a direct call of the base model) goes through the ``__call__``
+of the base model, or of the encoder where ``generate`` runs it alone. Forward hooks there decide, in this order:
+weights or a task given by the caller, those of the generation under way, those kept with a non-empty cache, those kept
+with encoder outputs, and otherwise the shared attention on this forward's prompt tokens.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from .attention import SharedAttention, max_pool
 from .errors import PromptError, TaskError, WeightsError
 from .ops import rank_gates
 from .prompt_mask import before_labels, check_rows, inferred_mask
+from .weights import check_weights, one_hot, spread
 
 SAPT_ARGUMENTS = ("sapt_task", "sapt_weights", "sapt_prompt_mask")
 KEPT = "_sapt_weights"  # attribute on a cache or on encoder outputs: (adapter, weights [B, T])
@@ -273,42 +274,3 @@ def batch_of(inputs: dict[str, Any]) -> int:
     if encoded is not None:
         return int(encoded[0].shape[0])
     raise PromptError("Neither input_ids nor inputs_embeds is given: the attention needs the prompt.")
-
-
-def spread(weights: Tensor, batch: int, what: str) -> Tensor:
-    """Repeat each row for its beams or return sequences, in the order in which ``generate`` expands its inputs."""
-    rows = weights.shape[0]
-    if rows == batch:
-        return weights
-    if batch % rows:
-        raise WeightsError(f"{what} has attention weights for {rows} rows, this forward has {batch}.")
-    return weights.repeat_interleave(batch // rows, dim=0)
-
-
-def one_hot(names: str | list[str], tasks: list[str], batch: int, device: torch.device) -> Tensor:
-    """Weights [B, T] that pick one task, the same for all rows or one per row."""
-    wanted = [names] * batch if isinstance(names, str) else list(names)
-    unknown = sorted({str(n) for n in wanted if n not in tasks})
-    if unknown:
-        raise TaskError(f"sapt_task names {unknown}, which the pool does not hold. Its tasks are {tasks}.")
-    if len(wanted) != batch:
-        raise WeightsError(f"sapt_task has {len(wanted)} names for {batch} rows: give one name, or one per row.")
-    index = torch.tensor([tasks.index(n) for n in wanted], device=device)
-    return nn.functional.one_hot(index, len(tasks)).float()
-
-
-def check_weights(weights: Tensor, tasks: list[str], batch: int, device: torch.device) -> Tensor:
-    """Weights of the caller as [B, T] in float32, or in float64 if given so."""
-    if not isinstance(weights, Tensor):
-        weights = torch.tensor(weights, dtype=torch.float32)
-    if weights.dim() == 1:
-        weights = weights.unsqueeze(0)
-    if weights.dim() != 2 or weights.shape[1] != len(tasks):
-        raise WeightsError(
-            f"sapt_weights has shape {list(weights.shape)}, expected [{batch}, {len(tasks)}]: one weight per task and "
-            f"row, in the order of model.tasks {tasks}."
-        )
-    if not bool(torch.isfinite(weights).all()):
-        raise WeightsError("sapt_weights holds NaN or infinity.")
-    weights = weights.to(device=device, dtype=torch.float32)
-    return spread(weights, batch, "sapt_weights")

@@ -13,7 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "peft_sapt"
 ORDER = [
-    "version", "errors", "files", "card", "config", "pool", "ops", "prompt_mask", "attention", "routing", "layer",
+    "version", "errors", "files", "card", "config", "pool", "ops", "prompt_mask",
+    "weights", "attention", "routing", "layer",
     "pool_io", "tasks", "model", "registration", "optimizer", "reflection", "continual",
 ]  # fmt: skip
 
@@ -47,7 +48,7 @@ def test_imports_run_one_way(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_rooms_are_small(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 360
+    assert len(path.read_text().splitlines()) <= 320
 
 
 def test_one_file_writes_to_pefts_namespace() -> None:

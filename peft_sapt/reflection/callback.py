@@ -17,6 +17,7 @@ from ..errors import ReflectionError, TaskError
 from ..files import write_atomically
 from ..model import SaptModel
 from . import generator as gen
+from .checks import check_arguments, check_task_of_rows, isolated_rng, pool_of
 from .generator import GeneratorSettings
 from .objective import align_attention, attention_loss
 from .pseudo import MIN_PSEUDO_SAMPLES, Selection, wanted_count
@@ -284,52 +285,3 @@ class ArmCallback(TrainerCallback):
 
     def seed_of(self, args: TrainingArguments, pool: SaptModel) -> int:
         return (args.seed if self.seed is None else self.seed) + 1_000_003 * len(pool.tasks)
-
-
-def pool_of(model: Any) -> SaptModel:
-    """The SaptModel inside what a Trainer holds; raises [`ReflectionError`] if there is none."""
-    found = getattr(model, "module", model)
-    found = found if isinstance(found, SaptModel) else getattr(found, "base_model", None)
-    if not isinstance(found, SaptModel):
-        raise ReflectionError(
-            f"ArmCallback works on a PeftModel with a SaptConfig, got {type(model).__name__}: build it with "
-            "get_peft_model(model, SaptConfig(...))."
-        )
-    return found
-
-
-def check_arguments(args: TrainingArguments) -> None:
-    if args.fp16:
-        raise ReflectionError(
-            "ArmCallback adds a gradient of its own, which fp16's loss scaling would divide away: use bf16=True."
-        )
-    if args.n_gpu > 1:
-        raise ReflectionError("nn.DataParallel is not supported: start the script with torchrun or accelerate launch.")
-
-
-def check_task_of_rows(dataset: Any, pool: SaptModel) -> None:
-    """Refuse rows that say, in a column ``task``, that they belong to another task than the current one."""
-    columns = getattr(dataset, "column_names", None) or []
-    names = set(dataset["task"]) if "task" in columns else set()
-    other = sorted(name for name in names if name in pool.tasks and name != pool.current_task)
-    if other:
-        raise TaskError(
-            f"The training rows belong to task {other}, but only the current task {pool.current_task!r} of the pool "
-            "can be trained: blocks of older tasks are frozen for good."
-        )
-
-
-class isolated_rng:
-    """Seeds torch inside, and leaves the generators of torch as they were outside: resumed runs stay bit-identical."""
-
-    def __init__(self, seed: int, model: Any) -> None:
-        device = None if model is None else next(model.parameters()).device
-        self.seed = seed
-        self.fork = torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else [])
-
-    def __enter__(self) -> None:
-        self.fork.__enter__()
-        torch.manual_seed(self.seed)
-
-    def __exit__(self, *error: Any) -> None:
-        self.fork.__exit__(*error)
