@@ -40,8 +40,8 @@ class Budget:
     r: int = 4
     lora_alpha: float = 32
     layers: int = 8
-    max_answer: int = 8
-    generator_epochs: float = 2
+    max_answer: int = 6
+    generator_epochs: float = 1.5
     generator_batch: int = 8
     generator_lr: float = 5e-3
     align_steps: int = 400
