@@ -19,6 +19,7 @@ from .errors import PoolFormatError, SaptError
 from .layer import Linear, SaptLayer
 from .pool import PoolModule
 from .pool_io import MANIFEST, build_manifest, check_loaded, read_manifest
+from .prompt_mask import inferred_mask
 from .routing import KEPT, SAPT_ARGUMENTS, PromptRouter, Routing, batch_of
 from .tasks import TaskPool, seal_from_targets
 from .weights import spread
@@ -73,7 +74,7 @@ class SaptModel(TaskPool, BaseTuner):
             attention.router = PromptRouter(attention, self._routing)
             attention.router.attach(model)
             model.shared_attention = attention
-            model.register_load_state_dict_post_hook(seal_after_load)
+            attention.router.handles.append(model.register_load_state_dict_post_hook(seal_after_load))
             known = attention
         device = None if embedding is None else embedding.device
         if low_cpu_mem_usage and init_empty_weights is not None:
@@ -134,6 +135,7 @@ class SaptModel(TaskPool, BaseTuner):
         adapter = None if router is None else router.active()
         if router is None or adapter is None:
             return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+        router.routing.clear()
         weights = self._generation_weights(router, adapter, args, {**kwargs, **given})
         previous, router.routing.session = router.routing.session, weights
         try:
@@ -153,11 +155,23 @@ class SaptModel(TaskPool, BaseTuner):
         if not explicit and cache is not None and getattr(cache, KEPT, None) is None:
             inputs.pop("past_key_values")  # filled by somebody else: the whole prompt is here, so attend to it
         inputs.pop("labels", None)
+        if inputs.get("attention_mask") is None and isinstance(inputs.get("input_ids"), Tensor):
+            inputs["attention_mask"] = inferred_mask(inputs["input_ids"], *self._generation_tokens(inputs))
         if not any(isinstance(inputs.get(n), Tensor) for n in ("input_ids", "inputs_embeds")):
             if inputs.get("encoder_outputs") is None:
                 return None  # generation from the start token alone: its forward is the prompt
         weights = router.weights_for(self.model, adapter, inputs)
         return spread(weights, batch_of(inputs), "generate")
+
+    def _generation_tokens(self, kwargs: dict[str, Any]) -> tuple[int | None, int | list[int] | None]:
+        """Pad and end token as ``generate`` resolves them: argument, generation config, model config."""
+        sources = [kwargs.get("generation_config"), self.model.generation_config, self.model.config]
+
+        def find(name: str) -> Any:
+            found = [kwargs.get(name), *(getattr(source, name, None) for source in sources)]
+            return next((value for value in found if value is not None), None)
+
+        return find("pad_token_id"), find("eos_token_id")
 
     # --- PEFT's switches ----------------------------------------------------------------------------------------
 

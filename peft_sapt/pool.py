@@ -14,6 +14,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from .config import SaptConfig
+
 Linears = MutableMapping[str, nn.Linear]  # what an nn.ModuleDict of them is to a reader
 
 
@@ -31,6 +33,7 @@ class PoolModule(BaseTunerLayer):
     """
 
     stacks: dict[str, tuple[str, int]] = {}
+    configs: dict[str, SaptConfig]
 
     def holds(self, adapter: str) -> bool:
         return adapter in getattr(self, next(iter(self.stacks)))
@@ -40,10 +43,13 @@ class PoolModule(BaseTunerLayer):
 
     def seal(self, adapter: str, sealed: bool) -> None:
         """Freeze the newest part until it is unsealed, whatever PEFT call comes in between."""
+        was_sealed = adapter in self.frozen_peft_weight_names
         names = {k: v for k, v in self.frozen_peft_weight_names.items() if k != adapter}
         if sealed:
             names[adapter] = self.adapter_layer_names
         self.frozen_peft_weight_names = names
+        if was_sealed and not sealed and adapter in self.active_adapters:
+            self.set_adapter(self.active_adapters, inference_mode=bool(self.configs[adapter].inference_mode))
         self._freeze_non_trainable_peft_weights()
 
     def push(self, adapter: str, newest: dict[str, Tensor]) -> None:

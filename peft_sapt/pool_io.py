@@ -84,7 +84,7 @@ def check_loaded(values: dict[str, Any], config: SaptConfig, tensors: dict[str, 
             raise PoolFormatError(
                 f"The weights file holds {name} {values.get(name)}, the pool they are loaded into has {mine}. Restore "
                 "the adapter_config.json that was saved with these weights, or (resuming a checkpoint) first bring "
-                "the pool to the same tasks with from_pretrained or add_task."
+                "the pool to the same state with from_pretrained, add_task or reopen_task."
             )
     digests = values.get("sha256")
     if not isinstance(digests, dict):

@@ -9,6 +9,7 @@ with encoder outputs, and otherwise the shared attention on this forward's promp
 from __future__ import annotations
 
 import inspect
+import threading
 import warnings
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from .attention import SharedAttention, max_pool
 from .errors import PromptError, TaskError, WeightsError
 from .ops import rank_gates
-from .prompt_mask import before_labels, check_rows, inferred_mask
+from .prompt_mask import before_labels, check_rows, inferred_mask, refuse_packed
 from .weights import check_weights, one_hot, spread
 
 SAPT_ARGUMENTS = ("sapt_task", "sapt_weights", "sapt_prompt_mask")
@@ -26,15 +27,16 @@ KEPT = "_sapt_weights"  # attribute on a cache or on encoder outputs: (adapter, 
 SEEN_ROWS = 512  # rows whose pooled prompts are remembered for commit_task() without inputs
 
 
-class Routing:
-    """The weights of the forward under way, shared by all layers. Copies and pickles of it are empty."""
+class Routing(threading.local):
+    """The weights of the forward under way, shared by all layers; each thread has its own, copies start empty."""
 
     def __init__(self) -> None:
         self.adapter: str | None = None
         self.weights: Tensor | None = None  # [B, T]
         self.gates: Tensor | None = None  # [B, R]
+        self.owner: nn.Module | None = None  # the module whose forward they belong to
         self.session: Tensor | None = None  # [B, T], while generate() runs
-        self.seen: list[Tensor] = []  # pooled prompts [b, d] of the training forwards of the current task
+        self.seen: dict[str, list[Tensor]] = {}  # by adapter: pooled prompts [b, d] of its current task's training
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Routing:
         memo[id(self)] = fresh = Routing()
@@ -44,7 +46,7 @@ class Routing:
         return Routing, ()
 
     def clear(self) -> None:
-        self.adapter = self.weights = self.gates = None
+        self.adapter = self.weights = self.gates = self.owner = None
 
 
 class PromptRouter:
@@ -54,12 +56,12 @@ class PromptRouter:
         self.attention = attention
         self.routing = routing
         self.handles: list[Any] = []
-        self.owner: nn.Module | None = None  # the module whose forward the weights in routing belong to
+        self.base: nn.Module | None = None
         self.warned = False
 
     def attach(self, base: nn.Module) -> None:
         """Register the hooks on ``base`` and on its encoder, if it is an encoder-decoder."""
-        points = [base]
+        self.base, points = base, [base]
         if is_encoder_decoder(base):
             points.append(base.get_encoder())  # type: ignore[operator]
         for module in points:
@@ -80,22 +82,24 @@ class PromptRouter:
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         given = {name: kwargs.pop(name) for name in SAPT_ARGUMENTS if name in kwargs}
         adapter = self.active()
-        if adapter is None or self.routing.weights is not None:  # an encoder inside a routed forward
+        inside = self.routing.weights is not None and module is not self.base  # an encoder in a routed forward
+        if adapter is None or inside:
             return (args, kwargs) if given else None
+        self.routing.clear()  # an interrupted forward (KeyboardInterrupt) leaves its weights behind
         inputs = {**named_arguments(module, args), **kwargs, **given}
         weights = self.weights_for(module, adapter, inputs)
         self.use(adapter, weights)
-        self.owner = module
+        self.routing.owner = module
         return args, kwargs
 
     def use(self, adapter: str, weights: Tensor) -> None:
         config = self.attention.configs[adapter]
-        self.routing.adapter, self.routing.weights = adapter, weights
-        self.routing.gates = rank_gates(weights, config.scalings, config.task_ranks or [])
+        gates = rank_gates(weights, config.scalings, config.task_ranks or [])
+        self.routing.adapter, self.routing.weights, self.routing.gates = adapter, weights, gates
 
     def after(self, module: nn.Module, args: tuple, output: Any) -> None:
         routing = self.routing
-        if routing.weights is None or self.owner is not module:
+        if routing.weights is None or routing.owner is not module:
             return
         kept = (routing.adapter, routing.weights)
         cache = getattr(output, "past_key_values", None)
@@ -103,7 +107,6 @@ class PromptRouter:
             setattr(cache, KEPT, (routing.adapter, routing.weights.detach()))
         elif hasattr(output, "last_hidden_state") and not hasattr(output, "logits"):
             setattr(output, KEPT, kept)
-        self.owner = None
         routing.clear()
 
     def weights_for(self, module: nn.Module, adapter: str, inputs: dict[str, Any]) -> Tensor:
@@ -111,8 +114,7 @@ class PromptRouter:
         tasks = self.attention.configs[adapter].tasks or []
         batch = batch_of(inputs)
         if inputs.get("sapt_weights") is not None or inputs.get("sapt_task") is not None:
-            device = next(p for p in inputs.values() if isinstance(p, Tensor)).device
-            weights = self.given_weights(adapter, inputs, batch, device)
+            weights = self.given_weights(adapter, inputs, batch, self.attention.weight.device)
             self.check_trainable(inputs, adapter, module)
             return weights
         if self.routing.session is not None:
@@ -157,10 +159,11 @@ class PromptRouter:
 
     def computed_weights(self, module: nn.Module, adapter: str, inputs: dict[str, Any]) -> Tensor:
         training = module.training and torch.is_grad_enabled()
+        refuse_packed(inputs)
         embeddings, mask = self.prompt_of(module, inputs)
         pooled = self.pool(module, adapter, inputs, embeddings, mask)  # [B, d]
         if training:
-            self.remember(pooled)
+            self.remember(pooled, adapter)
         return self.attend(pooled, adapter)
 
     def attend(self, pooled: Tensor, adapter: str) -> Tensor:
@@ -227,10 +230,11 @@ class PromptRouter:
             return pooled
         return with_padding(module, pooled, mask, inputs)
 
-    def remember(self, pooled: Tensor) -> None:
-        seen = sum(len(rows) for rows in self.routing.seen)
-        if seen < SEEN_ROWS:
-            self.routing.seen.append(pooled[: SEEN_ROWS - seen].detach().clone())
+    def remember(self, pooled: Tensor, adapter: str) -> None:
+        seen = self.routing.seen.setdefault(adapter, [])
+        count = sum(len(rows) for rows in seen)
+        if count < SEEN_ROWS:
+            seen.append(pooled[: SEEN_ROWS - count].detach().clone())
 
 
 def with_padding(module: nn.Module, pooled: Tensor, mask: Tensor, inputs: dict[str, Any]) -> Tensor:

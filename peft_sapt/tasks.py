@@ -11,22 +11,26 @@ from torch import Tensor, nn
 
 from .attention import SharedAttention, new_key
 from .config import SaptConfig, check_task_name
-from .errors import TaskError, WeightsError
+from .errors import PromptError, TaskError, WeightsError
 from .layer import SaptLayer
 from .pool import PoolModule, linear_from
 from .routing import PromptRouter
 
+HEAD_TASK_TYPES = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+
 
 def seal_from_targets(model: nn.Module) -> None:
     """Seal each pool whose newest task is committed, and unseal the others, on every module of ``model``."""
-    attention = next(m for m in model.modules() if isinstance(m, SharedAttention))
+    attention = next((m for m in model.modules() if isinstance(m, SharedAttention)), None)
+    if attention is None:
+        return
     for adapter in attention.configs:
-        sealed = (
-            attention.committed(adapter)[-1] if attention.sapt_targets[adapter].weight.device.type != "meta" else 0
-        )
+        if attention.targets(adapter).device.type == "meta":
+            continue  # not loaded yet
+        sealed = attention.committed(adapter)[-1]
         for module in model.modules():
             if isinstance(module, PoolModule) and module.holds(adapter):
-                module.seal(adapter, bool(sealed))
+                module.seal(adapter, sealed)
 
 
 class TaskPool:
@@ -105,6 +109,11 @@ class TaskPool:
             task_alphas=[*(config.task_alphas or []), alpha],
             replay_rows=[*(config.replay_rows or []), 0],
         )
+        if config.modules_to_save or config.task_type in HEAD_TASK_TYPES:
+            raise TaskError(
+                f"A second task is refused: a pool with modules_to_save or of type {config.task_type} has one head "
+                "(or other full module) for all tasks, which each new task would overwrite. Use one adapter per task."
+            )
         self.refuse_sharded("add_task")
         if not self.attention.committed(adapter)[-1]:
             self.commit_task()
@@ -146,9 +155,12 @@ class TaskPool:
         )
         targets = self.attention.targets(adapter)[kept][:, kept]
         replay = self.attention.replay(adapter)
+        committed = [self.attention.committed(adapter)[i] for i in kept]
         for module in self.pool_modules():
             module.pull(adapter, index, self.sizes_of(module))
-        targets = targets / targets.sum(dim=1, keepdim=True).clamp_min(1e-12)
+        for i, done in enumerate(committed):
+            left = targets[i].sum()
+            targets[i] = targets[i] / left if left > 1e-6 else nn.functional.one_hot(torch.tensor(i), len(kept)) * done
         self.attention.sapt_targets[adapter] = linear_from(targets)
         self.attention.set_replay(adapter, [replay[i] for i in kept])
         self.take_tasks(config, smaller)
@@ -177,8 +189,16 @@ class TaskPool:
                 f"Task {self.current_task!r} is committed already: add_task(...) for new data, or reopen_task() to "
                 "train it further."
             )
-        pooled = self.pooled_prompts(self.prompt_router.routing.seen if inputs is None else inputs)
+        seen = self.prompt_router.routing.seen.get(adapter, [])
+        pooled = self.pooled_prompts(seen if inputs is None else inputs)
         rows = self.pooled_prompts([] if replay is None else replay)
+        for what, found in (("inputs", pooled), ("replay", rows)):
+            if not bool(found.isfinite().all()):
+                bad = (~found.isfinite().all(dim=1)).nonzero().flatten().tolist()
+                raise PromptError(
+                    f"commit_task({what}=...): rows {bad[:10]} have no prompt token (all padding) or are not finite. "
+                    "Drop them; nothing was committed."
+                )
         with torch.no_grad():
             if len(self.tasks) == 1 and len(pooled):
                 attention.sapt_key[adapter].weight.copy_(attention.query(pooled, adapter).mean(dim=0, keepdim=True))
@@ -189,7 +209,7 @@ class TaskPool:
                 target[-1] = 1.0
             attention.set_replay(adapter, [*attention.replay(adapter)[:-1], rows.to(attention.weight)])
             attention.targets(adapter)[-1] = target
-        self.prompt_router.routing.seen.clear()
+        self.prompt_router.routing.seen.pop(adapter, None)
         seal_from_targets(self.model)
 
     def reopen_task(self) -> None:
@@ -273,7 +293,7 @@ class TaskPool:
     def take_tasks(self, config: SaptConfig, other: SaptConfig) -> None:
         for name in ("tasks", "task_ranks", "task_alphas", "replay_rows", "task_name"):
             setattr(config, name, getattr(other, name))
-        self.prompt_router.routing.seen.clear()
+        self.prompt_router.routing.seen.pop(self.pool_name, None)
         seal_from_targets(self.model)
         self.refresh_trainable()
 

@@ -18,7 +18,7 @@ from ..files import write_atomically
 from ..model import SaptModel
 from . import generator as gen
 from .checks import check_arguments, check_task_of_rows, isolated_rng, pool_of
-from .generator import GeneratorSettings
+from .generator import GeneratorSettings, end_token, without_closing
 from .objective import align_attention, attention_loss
 from .pseudo import MIN_PSEUDO_SAMPLES, Selection, wanted_count
 
@@ -219,12 +219,14 @@ class ArmCallback(TrainerCallback):
     def generate(self, model: Any, pool: SaptModel, wanted: int, seed: int) -> Tensor:
         """Fit a generator to the task's prompts and draw ``wanted`` pseudo-samples: pooled, [wanted, d]."""
         name, tokenizer, settings = pool.current_task, self.tokenizer, self.generator
+        prompts, closing = without_closing(self.prompts, tokenizer.eos_token_id)
+        end = end_token(tokenizer, prompts)
         start = tokenizer(gen.PREFIX, add_special_tokens=False).input_ids
-        selection = Selection(wanted, self.prompts, set(tokenizer.all_special_ids), self.allow_copies)
-        longest = max(map(len, self.prompts)) + 8
+        selection = Selection(wanted, prompts, set(tokenizer.all_special_ids), self.allow_copies)
+        longest = max(map(len, prompts)) + 8
         with isolated_rng(seed, model), gen.generator_adapter(model, settings):
-            losses = gen.fit(model, self.prompts, start, tokenizer.eos_token_id, settings, seed)
-            gen.draw(model, selection, start, tokenizer.eos_token_id, tokenizer.pad_token_id, longest, settings)
+            losses = gen.fit(model, prompts, start, end, settings, seed)
+            gen.draw(model, selection, start, end, tokenizer.pad_token_id, longest, settings)
         report = selection.report
         report.generator_loss = [round(losses[0], 4), round(losses[-1], 4)]
         self.reports[name] = report.to_dict()
@@ -238,7 +240,9 @@ class ArmCallback(TrainerCallback):
             )
         self.pseudo_samples[name] = tokenizer.batch_decode(selection.kept)
         device = pool.attention.weight.device
-        return pool.pooled_prompts({"input_ids": torch.tensor([row], device=device)} for row in selection.kept)
+        return pool.pooled_prompts(
+            {"input_ids": torch.tensor([row + closing], device=device)} for row in selection.kept
+        )
 
     def check_replay(self, pool: SaptModel) -> None:
         if pool.committed_tasks == pool.tasks:

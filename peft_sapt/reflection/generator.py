@@ -153,5 +153,28 @@ def draw(
             selection.offer(row[: row.index(eos)] if finished else row, finished)
 
 
+def without_closing(prompts: list[list[int]], eos: int) -> tuple[list[list[int]], list[int]]:
+    """Prompts without the end token that some tokenizers (T5's) append, and what was taken off: [eos] or []."""
+    if not all(prompt and prompt[-1] == eos for prompt in prompts):
+        return prompts, []
+    return [prompt[:-1] for prompt in prompts], [eos]
+
+
+def end_token(tokenizer: Any, prompts: list[list[int]]) -> int:
+    """A special token that no prompt contains, to end a generated prompt: the end token, unless chat turns use it.
+
+    Raises:
+        ReflectionError: every special token occurs in the prompts.
+    """
+    used = {token for prompt in prompts for token in prompt}
+    free = [token for token in (tokenizer.eos_token_id, *tokenizer.all_special_ids) if token not in used]
+    if not free:
+        raise ReflectionError(
+            "Every special token of the tokenizer occurs in the prompts, so nothing could end a generated one: add a "
+            "special token to the tokenizer, or use ArmCallback(replay='rows')."
+        )
+    return free[0]
+
+
 def is_encoder_decoder(model: Any) -> bool:
     return bool(getattr(model.config, "is_encoder_decoder", False))
