@@ -141,7 +141,7 @@ def train(bench: Bench, model: PeftModel, name: str, callbacks: list[Any], sapt:
 
 
 @torch.no_grad()
-def answers(bench: Bench, model: Any, rows: list[Row], batch_size: int = 25) -> list[str]:
+def answers(bench: Bench, model: Any, rows: list[Row], batch_size: int = 50) -> list[str]:
     """Greedy answers to ``rows``; no task is named."""
     model.eval()
     prompts = [bench.style.ids(bench.tokenizer, row) for row in rows]
