@@ -10,6 +10,7 @@ from .registration import add_peft_type
 
 add_peft_type()
 
+from .collator import PromptMaskCollator  # noqa: E402
 from .config import SaptConfig  # noqa: E402
 from .layer import SaptLayer  # noqa: E402
 from .model import SaptModel  # noqa: E402
@@ -26,6 +27,7 @@ __all__ = [
     "AutoPeftModelForSeq2SeqLM",
     "GeneratorSettings",
     "PeftModel",
+    "PromptMaskCollator",
     "SaptConfig",
     "SaptLayer",
     "SaptModel",

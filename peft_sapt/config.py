@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from peft.utils import CONFIG_NAME, PeftType
 
 from .card import add_usage
 from .errors import SaptError, TaskError
-from .files import share_weights_file, write_atomically
+from .files import config_text, share_weights_file, write_atomically
 
 
 def check_task_name(name: object) -> str:
@@ -112,6 +111,12 @@ class SaptConfig(PeftConfig):
             "help": "Let padding enter the max-pool, as released: a row's weights then depend on its batch mates."
         },
     )
+    use_rslora: bool = field(default=False, metadata={"help": "Scale blocks by lora_alpha / sqrt(r) instead."})
+    use_dora: bool = field(default=False, metadata={"help": "Refused: the norm of a sum of blocks is not theirs."})
+    rank_pattern: dict[str, int] | None = field(
+        default=None, metadata={"help": "Refused: ranks differ by task (add_task(..., r=...)), not by module."}
+    )
+    alpha_pattern: dict[str, float] | None = field(default=None, metadata={"help": "Refused, like rank_pattern."})
     token_dim: int | None = field(
         default=None, metadata={"help": "Width of the token embeddings; read from the base model if not given."}
     )
@@ -147,6 +152,14 @@ class SaptConfig(PeftConfig):
             ("query_activation", self.query_activation in ("after", "between"), "'after' or 'between'"),
             ("temperature", _positive(self.temperature), "a positive number"),
         ]
+        refused = {
+            "use_dora": "DoRA rescales by the norm of the adapted weight, which changes with every prompt's mixture",
+            "rank_pattern": "all modules of a task share its rank; add_task(name, r=...) sets it per task",
+            "alpha_pattern": "all modules of a task share its alpha; add_task(name, lora_alpha=...) sets it per task",
+        }
+        for name, reason in refused.items():
+            if getattr(self, name):
+                raise SaptError(f"SaptConfig.{name} is not supported: {reason}.")
         for name, valid, wanted in checks:
             if not valid:
                 raise SaptError(f"SaptConfig.{name} must be {wanted}, got {getattr(self, name)!r}.")
@@ -180,8 +193,9 @@ class SaptConfig(PeftConfig):
 
     @property
     def scalings(self) -> list[float]:
-        """lora_alpha / r of each task, oldest first."""
-        return [a / r for a, r in zip(self.task_alphas or [], self.task_ranks or [], strict=True)]
+        """lora_alpha / r (with use_rslora / sqrt(r)) of each task, oldest first."""
+        power = 0.5 if self.use_rslora else 1.0
+        return [a / r**power for a, r in zip(self.task_alphas or [], self.task_ranks or [], strict=True)]
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Write ``adapter_config.json`` by a temporary file and a rename, then finish what PEFT wrote around it.
@@ -196,9 +210,7 @@ class SaptConfig(PeftConfig):
         auto_mapping = kwargs.pop("auto_mapping_dict", None)
         if auto_mapping is not None:
             values["auto_mapping"] = auto_mapping
-        values = {key: sorted(v) if isinstance(v, set) else v for key, v in values.items()}
-        text = json.dumps(values, indent=2, sort_keys=True) + "\n"
-        write_atomically(os.path.join(save_directory, CONFIG_NAME), text.encode())
+        write_atomically(os.path.join(save_directory, CONFIG_NAME), config_text(values))
         share_weights_file(save_directory)
         add_usage(save_directory, self.tasks or [])
 

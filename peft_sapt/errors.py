@@ -23,3 +23,7 @@ class PoolFormatError(SaptError):
 
 class ReflectionError(SaptError):
     """The attentive reflection module cannot do its work: no replay rows, too few pseudo-samples, ..."""
+
+
+class LoraFolderError(SaptError):
+    """A folder cannot be read or written as a plain LoRA adapter, or its LoRA does not fit the pool."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
@@ -34,6 +36,12 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
     except BaseException:
         os.unlink(staged)
         raise
+
+
+def config_text(values: dict[str, Any]) -> bytes:
+    """JSON of a PEFT config as ``adapter_config.json`` has it; sets become sorted lists."""
+    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
+    return (json.dumps(plain, indent=2, sort_keys=True) + "\n").encode()
 
 
 def share_weights_file(folder: str | os.PathLike) -> None:

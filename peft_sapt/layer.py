@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import _get_in_out_features
+from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from .config import SaptConfig
@@ -30,6 +31,10 @@ class SaptLayer(PoolModule):
 
     def __init__(self, base_layer: nn.Module, routing: Routing) -> None:
         self.base_layer = base_layer
+        # nothing is ever merged, so nothing has to be quantised again, which is what the argument is for
+        self.quantization_backend = resolve_quantization_backend(
+            self.get_base_layer(), get_apply_tensor_subclass=lambda: None
+        )
         for name in self.adapter_layer_names + self.other_param_names:
             setattr(self, name, nn.ModuleDict())
         self.sapt_dropout = nn.ModuleDict()
@@ -101,6 +106,8 @@ class Linear(nn.Module, SaptLayer):
         adapter = next((a for a in self.active_adapters if a in self.sapt_A), None)
         if self.disable_adapters or adapter is None:
             return base
+        if self.quantization_backend is not None:
+            base = self.quantization_backend.maybe_clone_base_result(base)
         gates = self.gates_for(x)  # [B, R]
         a, b = self.sapt_A[adapter].weight, self.sapt_B[adapter].weight
         old_a = self.sapt_old_A[adapter].weight if adapter in self.sapt_old_A else None
@@ -117,12 +124,18 @@ class Linear(nn.Module, SaptLayer):
         if gates is None:
             raise WeightsError(
                 "A SAPT layer ran outside of the model's own forward, so no attention weights are known. Call the "
-                "whole model. (Gradient checkpointing, which reruns layers alone, is not supported: switch it off.)"
+                "whole model. (Activation checkpointing other than transformers' own reruns layers alone: use "
+                "model.gradient_checkpointing_enable() instead.)"
             )
         if gates.shape[0] != x.shape[0]:
             raise WeightsError(
                 f"A SAPT layer got {x.shape[0]} rows, but attention weights for {gates.shape[0]}: its module mixes or "
                 "flattens rows (MoE experts, packed tokens). Take it out of target_modules."
+            )
+        if gates.dim() == 3 and gates.shape[1] != x.shape[1]:
+            raise WeightsError(
+                f"A SAPT layer got {x.shape[1]} positions, but attention weights for {gates.shape[1]}: packed rows "
+                "are not supported where a module changes the length of a row."
             )
         return gates
 

@@ -9,19 +9,20 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .attention import SharedAttention
 from .config import SaptConfig
 from .errors import PoolFormatError, SaptError
+from .exchange import LoraExchange
 from .layer import Linear, SaptLayer
 from .pool import PoolModule
 from .pool_io import MANIFEST, build_manifest, check_loaded, read_manifest
 from .prompt_mask import inferred_mask
 from .routing import KEPT, SAPT_ARGUMENTS, PromptRouter, Routing, batch_of
-from .tasks import TaskPool, seal_from_targets
+from .tasks import seal_from_targets
 from .weights import spread
 
 try:  # accelerate is PEFT's own dependency; a private move there must not break the import
@@ -30,7 +31,7 @@ except ImportError:  # pragma: no cover
     init_empty_weights = None
 
 
-class SaptModel(TaskPool, BaseTuner):
+class SaptModel(LoraExchange, BaseTuner):
     """A base model with one or more pools of LoRA blocks under a shared attention (SAPT, ACL 2024).
 
     Built by ``get_peft_model(model, SaptConfig(...))``; its methods are reachable on the [`PeftModel`] around it.
@@ -99,10 +100,10 @@ class SaptModel(TaskPool, BaseTuner):
             target.update_layer(adapter_name, peft_config)
             return
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if not isinstance(base, (nn.Linear, Conv1D)):
+        if not takes_as_linear(base):
             raise SaptError(
-                f"Module {current_key!r} of type {type(base).__name__} cannot be adapted: SAPT takes nn.Linear and "
-                "Conv1D. Take it out of target_modules."
+                f"Module {current_key!r} of type {type(base).__name__} cannot be adapted: SAPT takes nn.Linear, "
+                "Conv1D and the quantised linear layers that PEFT knows. Take it out of target_modules."
             )
         layer = Linear(target, adapter_name, peft_config, self._routing)
         if adapter_name not in self.active_adapters:
@@ -184,7 +185,8 @@ class SaptModel(TaskPool, BaseTuner):
         if merge:
             raise SaptError(
                 "A pool cannot be merged into the base model: its mixture differs from prompt to prompt. Keep the "
-                "adapter, or call unload() for the base model without it."
+                "adapter, call unload() for the base model without it, or export_mixture(weights, folder) for one "
+                "fixed mixture, which is a plain LoRA and merges."
             )
         model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         if hasattr(model, "shared_attention"):
@@ -228,6 +230,13 @@ class SaptModel(TaskPool, BaseTuner):
         check_loaded(values, config, own)
         rest = {key: tensor for key, tensor in state_dict.items() if key != manifest}
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, rest)
+
+
+def takes_as_linear(module: nn.Module) -> bool:
+    if isinstance(module, (nn.Linear, Conv1D)):
+        return True
+    backend = resolve_quantization_backend(module, get_apply_tensor_subclass=lambda: None)
+    return backend is not None and backend.layer_type == "linear"
 
 
 def seal_after_load(model: nn.Module, incompatible: Any) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -53,24 +51,4 @@ def check_rows(mask: Tensor, training: bool) -> None:
         raise PromptError(
             f"Rows {empty.nonzero().flatten().tolist()} have no prompt token (all padding, or masked out). "
             "Drop them from the training data."
-        )
-
-
-def refuse_packed(inputs: dict[str, Any]) -> None:
-    """Refuse rows that hold several samples (packing, padding-free): all would get the first one's weights.
-
-    Raises:
-        PromptError: ``seq_idx`` or ``cu_seq_lens_q`` is given, or ``position_ids`` restart among attended tokens.
-    """
-    packed = any(inputs.get(name) is not None for name in ("seq_idx", "cu_seq_lens_q"))
-    positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
-    if not packed and isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] > 1:
-        restarts = positions[:, 1:] <= positions[:, :-1]
-        if mask is not None and mask.shape == positions.shape:
-            restarts = restarts & mask[:, :-1].bool() & mask[:, 1:].bool()
-        packed = bool(restarts.any())
-    if packed:
-        raise PromptError(
-            "A row holds several packed samples, but attention weights are one per row: switch packing and "
-            "padding-free batches off."
         )

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import inspect
 import threading
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .attention import SharedAttention, max_pool
+from .attention import SharedAttention
+from .checkpointing import gate_checkpoints, ungate_checkpoints
 from .errors import PromptError, TaskError, WeightsError
 from .ops import rank_gates
-from .prompt_mask import before_labels, check_rows, inferred_mask, refuse_packed
+from .pooling import is_encoder_decoder, read_prompts
 from .weights import check_weights, one_hot, spread
 
 SAPT_ARGUMENTS = ("sapt_task", "sapt_weights", "sapt_prompt_mask")
@@ -57,7 +57,6 @@ class PromptRouter:
         self.routing = routing
         self.handles: list[Any] = []
         self.base: nn.Module | None = None
-        self.warned = False
 
     def attach(self, base: nn.Module) -> None:
         """Register the hooks on ``base`` and on its encoder, if it is an encoder-decoder."""
@@ -72,6 +71,8 @@ class PromptRouter:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+        if self.base is not None:
+            ungate_checkpoints(self.base)
 
     def active(self) -> str | None:
         """The adapter that routes now, or None if adapters are disabled or the active one is not a pool."""
@@ -90,6 +91,8 @@ class PromptRouter:
         weights = self.weights_for(module, adapter, inputs)
         self.use(adapter, weights)
         self.routing.owner = module
+        if module.training and torch.is_grad_enabled():
+            gate_checkpoints(module, self.routing)
         return args, kwargs
 
     def use(self, adapter: str, weights: Tensor) -> None:
@@ -103,14 +106,16 @@ class PromptRouter:
             return
         kept = (routing.adapter, routing.weights)
         cache = getattr(output, "past_key_values", None)
-        if cache is not None and not isinstance(cache, tuple):
+        if routing.weights.dim() == 3:
+            pass  # per token of packed rows: nothing that a next token could continue
+        elif cache is not None and not isinstance(cache, tuple):
             setattr(cache, KEPT, (routing.adapter, routing.weights.detach()))
         elif hasattr(output, "last_hidden_state") and not hasattr(output, "logits"):
             setattr(output, KEPT, kept)
         routing.clear()
 
     def weights_for(self, module: nn.Module, adapter: str, inputs: dict[str, Any]) -> Tensor:
-        """Attention weights [B, T], float32, of one forward of ``module``."""
+        """Attention weights of one forward of ``module``, float32: [B, T], or [B, S, T] for packed rows."""
         tasks = self.attention.configs[adapter].tasks or []
         batch = batch_of(inputs)
         if inputs.get("sapt_weights") is not None or inputs.get("sapt_task") is not None:
@@ -159,12 +164,11 @@ class PromptRouter:
 
     def computed_weights(self, module: nn.Module, adapter: str, inputs: dict[str, Any]) -> Tensor:
         training = module.training and torch.is_grad_enabled()
-        refuse_packed(inputs)
-        embeddings, mask = self.prompt_of(module, inputs)
-        pooled = self.pool(module, adapter, inputs, embeddings, mask)  # [B, d]
+        pooled, _, segments = read_prompts(module, self.attention.configs[adapter], inputs, training)  # [N, d]
         if training:
             self.remember(pooled, adapter)
-        return self.attend(pooled, adapter)
+        weights = self.attend(pooled, adapter)  # [N, T]
+        return weights if segments is None else weights[segments]  # [B, T] or [B, S, T]
 
     def attend(self, pooled: Tensor, adapter: str) -> Tensor:
         """Pooled prompts [B, d] -> weights [B, T]; uniform for a row without any prompt token."""
@@ -172,94 +176,12 @@ class PromptRouter:
         weights = self.attention.log_weights(pooled.masked_fill(empty, 0.0), adapter).exp()
         return torch.where(empty, torch.full_like(weights, 1 / weights.shape[1]), weights)
 
-    def prompt_of(self, module: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Token embeddings [B, S, d] and the prompt's positions [B, S]."""
-        ids, embeddings = inputs.get("input_ids"), inputs.get("inputs_embeds")
-        if ids is None and embeddings is None:
-            raise PromptError("Neither input_ids nor inputs_embeds is given: the attention needs the prompt.")
-        shape = ids.shape if ids is not None else embeddings.shape[:2]  # type: ignore[union-attr]
-        mask = inputs.get("sapt_prompt_mask")
-        if mask is not None:
-            if tuple(mask.shape) != tuple(shape):
-                raise PromptError(f"sapt_prompt_mask has shape {list(mask.shape)}, the input is {list(shape)}.")
-            mask = mask.bool()
-        else:
-            mask = self.prompt_mask(module, inputs, shape)
-        check_rows(mask, module.training and torch.is_grad_enabled())
-        if embeddings is None:
-            with torch.no_grad():
-                embeddings = module.get_input_embeddings()(ids)  # type: ignore[operator]
-        return embeddings.detach(), mask
-
-    def prompt_mask(self, module: nn.Module, inputs: dict[str, Any], shape: torch.Size) -> Tensor:
-        ids, mask, labels = inputs.get("input_ids"), inputs.get("attention_mask"), inputs.get("labels")
-        config = getattr(module, "config", None)
-        if mask is not None and mask.dim() != 2:
-            raise PromptError(
-                f"attention_mask has {mask.dim()} dimensions, so the prompt cannot be read from it: "
-                "pass sapt_prompt_mask=[B, S]."
-            )
-        if mask is not None:
-            mask = mask.bool()
-        elif ids is not None:
-            mask = inferred_mask(ids, getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None))
-        else:
-            mask = torch.ones(shape, dtype=torch.bool, device=inputs["inputs_embeds"].device)
-        if is_encoder_decoder(module) or self.task_type() not in (None, "CAUSAL_LM"):
-            return mask
-        if labels is not None and labels.shape == mask.shape:
-            return before_labels(mask, labels)
-        if labels is None and module.training and torch.is_grad_enabled() and not self.warned:
-            self.warned = True
-            warnings.warn(
-                "Training without labels in the model call (label smoothing, compute_loss_func, a loss of your own): "
-                "the whole row counts as prompt, answer included. Pass sapt_prompt_mask=[B, S] to mark the prompt.",
-                stacklevel=2,
-            )
-        return mask
-
-    def task_type(self) -> str | None:
-        adapter = self.active()
-        return None if adapter is None else self.attention.configs[adapter].task_type
-
-    def pool(
-        self, module: nn.Module, adapter: str, inputs: dict[str, Any], embeddings: Tensor, mask: Tensor
-    ) -> Tensor:
-        pooled = max_pool(embeddings, mask)
-        if not self.attention.configs[adapter].pool_padding:
-            return pooled
-        return with_padding(module, pooled, mask, inputs)
-
     def remember(self, pooled: Tensor, adapter: str) -> None:
         seen = self.routing.seen.setdefault(adapter, [])
+        pooled = pooled[~pooled[:, 0].isnan()]  # packed rows may end in padding
         count = sum(len(rows) for rows in seen)
         if count < SEEN_ROWS:
             seen.append(pooled[: SEEN_ROWS - count].detach().clone())
-
-
-def with_padding(module: nn.Module, pooled: Tensor, mask: Tensor, inputs: dict[str, Any]) -> Tensor:
-    """Let the pad embedding take part in the max of each row that the release would pad, as it does (pool_padding).
-
-    The release pads the prompts of a batch to the longest one; with labels in the same row (decoder-only training) its
-    collator does so on the prompts alone.
-    """
-    pad = getattr(getattr(module, "config", None), "pad_token_id", None)
-    if pad is None:
-        raise PromptError("pool_padding=True needs a pad_token_id in the model's config.")
-    lengths = mask.sum(dim=1)  # [B]
-    cut = inputs.get("labels") is not None or inputs.get("sapt_prompt_mask") is not None
-    width = int(lengths.max()) if cut and not is_encoder_decoder(module) else mask.shape[1]
-    with torch.no_grad():
-        table = module.get_input_embeddings()  # type: ignore[operator]
-        pad_embedding = table(torch.tensor([pad], device=mask.device)).float()  # [1, d]
-    padded = torch.maximum(pooled, pad_embedding)
-    return torch.where((lengths < width).unsqueeze(1), padded, pooled)
-
-
-def is_encoder_decoder(module: nn.Module) -> bool:
-    return bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False)) and hasattr(
-        module, "get_encoder"
-    )
 
 
 def named_arguments(module: nn.Module, args: tuple) -> dict[str, Any]:
@@ -277,4 +199,8 @@ def batch_of(inputs: dict[str, Any]) -> int:
     encoded = inputs.get("encoder_outputs")
     if encoded is not None:
         return int(encoded[0].shape[0])
+    other = (v for k, v in inputs.items() if isinstance(v, Tensor) and k not in SAPT_ARGUMENTS and v.dim() > 0)
+    first = next(other, None)  # a model with arguments of its own
+    if first is not None:
+        return int(first.shape[0])
     raise PromptError("Neither input_ids nor inputs_embeds is given: the attention needs the prompt.")

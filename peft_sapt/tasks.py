@@ -14,6 +14,7 @@ from .config import SaptConfig, check_task_name
 from .errors import PromptError, TaskError, WeightsError
 from .layer import SaptLayer
 from .pool import PoolModule, linear_from
+from .pooling import read_prompts
 from .routing import PromptRouter
 
 HEAD_TASK_TYPES = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
@@ -253,15 +254,13 @@ class TaskPool:
     @torch.no_grad()
     def pooled_prompts(self, batches: Iterable[Mapping[str, Any]] | Iterable[Tensor] | Tensor) -> Tensor:
         """Max-pooled prompt embeddings of all rows in ``batches``, [N, d] in float32; pooled tensors pass through."""
-        adapter, router = self.pool_name, self.prompt_router
         if isinstance(batches, Tensor):
             batches = [batches]
         found = []
         for batch in batches:
             if not isinstance(batch, Tensor):
                 inputs = {k: v.to(self.attention.weight.device) for k, v in batch.items() if isinstance(v, Tensor)}
-                embeddings, mask = router.prompt_of(self.model, inputs)
-                batch = router.pool(self.model, adapter, inputs, embeddings, mask)
+                batch = read_prompts(self.model, self.pool_config, inputs, training=False).pooled
             if batch.dim() != 2 or batch.shape[1] != self.pool_config.token_dim:
                 raise WeightsError(
                     f"Pooled prompts have shape {list(batch.shape)}, not [N, {self.pool_config.token_dim}]."

@@ -202,7 +202,7 @@ def test_a_cache_of_another_pool(model) -> None:
             model(input_ids=ids[:, :1], past_key_values=cache)
 
 
-def test_a_layer_called_alone_and_gradient_checkpointing(model) -> None:
+def test_a_layer_called_alone_or_rerun_by_foreign_checkpointing(model) -> None:
     layer = next(m for m in model.modules() if hasattr(m, "sapt_A"))
     with pytest.raises(WeightsError, match="outside of the model's own forward"):
         layer(torch.randn(2, 3, 64))
@@ -210,11 +210,13 @@ def test_a_layer_called_alone_and_gradient_checkpointing(model) -> None:
         model.base_model.prompt_router.use("default", torch.ones(3, 3) / 3)
         layer(torch.randn(2, 3, 64))
     model.base_model.prompt_router.routing.clear()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    segment = model.base_model.model.model.layers[0]
+    inner = segment.forward  # activation checkpointing that bypasses transformers: the layer is rerun alone
+    segment.forward = lambda *a, **k: torch.utils.checkpoint.checkpoint(inner, *a, **k, use_reentrant=False)
     batch = padded(ROWS)
     labels = torch.full_like(batch["input_ids"], -100)
     labels[:, -1] = 5
-    with pytest.raises(WeightsError, match=r"[Gg]radient checkpointing"):
+    with pytest.raises(WeightsError, match="gradient_checkpointing_enable"):
         model.train()(**batch, labels=labels).loss.backward()
 
 

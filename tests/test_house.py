@@ -13,9 +13,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "peft_sapt"
 ORDER = [
-    "version", "errors", "files", "card", "config", "pool", "ops", "prompt_mask",
-    "weights", "attention", "routing", "layer",
-    "pool_io", "tasks", "model", "registration", "optimizer", "reflection", "continual",
+    "version", "errors", "files", "card", "config", "pool", "ops", "checkpointing", "prompt_mask",
+    "packing", "collator", "weights", "attention", "pooling", "routing", "layer",
+    "pool_io", "tasks", "lora_folder", "exchange", "model", "registration", "optimizer", "reflection", "continual",
 ]  # fmt: skip
 
 

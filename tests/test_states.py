@@ -127,14 +127,17 @@ def test_loading_an_open_pool_over_a_committed_one_opens_it(tmp_path) -> None:
     assert any(p.requires_grad for n, p in model.named_parameters() if ".sapt_A." in n)
 
 
-def test_packed_rows_are_refused() -> None:
+def test_position_ids_of_left_padded_rows_are_not_packing() -> None:
     pool = build_pool("llama", ["a", "b", "c"]).eval()
-    ids = torch.tensor(token_rows([8]))
-    with pytest.raises(PromptError, match="packed"):
-        pool(input_ids=ids, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]]))
     batch = padded(ROWS)
     positions = (batch["attention_mask"].cumsum(1) - 1).clamp_min(0)
     torch.testing.assert_close(pool(**batch, position_ids=positions).logits[3], pool(**batch).logits[3])
+
+
+def test_packed_rows_of_an_encoder_decoder_are_refused() -> None:
+    ids = torch.tensor(token_rows([8]))
+    with pytest.raises(PromptError, match="Packed rows"):
+        build_pool("t5", ["a", "b"])(input_ids=ids, labels=ids, position_ids=torch.tensor([[0, 1, 2, 3] * 2]))
 
 
 def test_a_shared_head_is_not_overwritten_by_a_second_task() -> None:

@@ -16,6 +16,7 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 from ..errors import ReflectionError, TaskError
 from ..files import write_atomically
 from ..model import SaptModel
+from ..pooling import prompt_tokens, read_prompts
 from . import generator as gen
 from .checks import check_arguments, check_task_of_rows, isolated_rng, pool_of
 from .generator import GeneratorSettings, end_token, without_closing
@@ -57,7 +58,7 @@ class ArmCallback(TrainerCallback):
         pseudo_samples: per committed task, the texts drawn; ``save_replay(folder)`` writes them.
 
     Raises:
-        ReflectionError: the tokenizer lacks a token, an old task has no replay rows, fp16 is on, the generator gave
+        ReflectionError: the tokenizer lacks a token, an old task has no replay rows, the generator gave
             too few usable samples, ...
         TaskError: the current task is committed already, or the training rows belong to another one.
     """
@@ -123,7 +124,10 @@ class ArmCallback(TrainerCallback):
     ) -> None:
         pool = pool_of(kwargs["model"])
         if len(pool.tasks) > 1:
-            self.penalty(pool, self.seed_of(args, pool) + state.global_step).backward()
+            loss = self.penalty(pool, self.seed_of(args, pool) + state.global_step)
+            # a GradScaler divides all gradients by its scale before the step, so this one has to carry it too
+            scaler = getattr(kwargs.get("optimizer"), "scaler", None)
+            (loss if scaler is None else scaler.scale(loss)).backward()
 
     def on_log(
         self,
@@ -275,11 +279,12 @@ class ArmCallback(TrainerCallback):
         device = pool.attention.weight.device
         for batch in batches:
             inputs = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
-            pooled.append(pool.pooled_prompts([inputs]))
+            with torch.no_grad():
+                found = read_prompts(pool.model, pool.pool_config, inputs, training=False)
+            real = ~found.pooled[:, 0].isnan()  # packed rows may end in padding
+            pooled.append(found.pooled[real])
             if inputs.get("input_ids") is not None:
-                _, mask = pool.prompt_router.prompt_of(pool.model, inputs)
-                rows = zip(inputs["input_ids"], mask, strict=True)
-                self.prompts += [ids[keep].tolist() for ids, keep in rows]
+                self.prompts += prompt_tokens(inputs["input_ids"], found)
         if not pooled:
             raise ReflectionError("The training set is empty.")
         self.pooled = torch.cat(pooled)

@@ -26,10 +26,6 @@ def pool_of(model: Any) -> SaptModel:
 
 
 def check_arguments(args: TrainingArguments) -> None:
-    if args.fp16:
-        raise ReflectionError(
-            "ArmCallback adds a gradient of its own, which fp16's loss scaling would divide away: use bf16=True."
-        )
     if args.n_gpu > 1:
         raise ReflectionError("nn.DataParallel is not supported: start the script with torchrun or accelerate launch.")
 

@@ -1,0 +1,86 @@
+"""A collator that marks the prompt, for training where the labels do not reach the model or do not tell it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import PromptError
+from .packing import before_labels_in_segments, segments_of
+from .prompt_mask import before_labels
+
+
+class PromptMaskCollator:
+    """Adds ``sapt_prompt_mask`` [B, S] to the batches of another collator.
+
+    Needed with label smoothing, ``compute_loss_func`` or a loss of your own, where the Trainer keeps the labels from
+    the model, and with a loss on the full sequence, where labels begin at the first token. The mask comes from the
+    rows, if they have the column ``sapt_prompt_mask`` (1 on prompt tokens) or TRL's ``completion_mask`` (0 on them),
+    otherwise from the labels of the batch. Padding on either side and padding-free batches (all rows in one) are
+    recognised.
+
+    Give it to the Trainer as ``data_collator=PromptMaskCollator(collator)``. Columns of rows reach a collator only
+    with ``TrainingArguments(remove_unused_columns=False)``; TRL keeps ``completion_mask`` by itself.
+
+    Raises:
+        PromptError: on a call: some rows have a mask and others do not, a mask has another length than its row's
+            tokens, or there is neither a mask nor labels.
+    """
+
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
+        self.collator = collator
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        masks = [_mask_of(row) for row in rows]
+        plain = [{k: v for k, v in row.items() if k != "sapt_prompt_mask"} for row in rows]
+        batch = self.collator(plain)
+        given = [mask for mask in masks if mask is not None]
+        if len(given) not in (0, len(rows)):
+            raise PromptError(f"Only {len(given)} of {len(rows)} rows have a prompt mask: give all of them one.")
+        batch["sapt_prompt_mask"] = self.laid_out(given, batch) if given else self.from_labels(batch)
+        return batch
+
+    @staticmethod
+    def laid_out(masks: list[list[bool]], batch: dict[str, Any]) -> Tensor:
+        """``masks`` in the places that the collator gave their rows' tokens."""
+        shape = batch["input_ids"].shape
+        result = torch.zeros(shape, dtype=torch.bool)
+        attended = batch.get("attention_mask")
+        places = torch.ones(shape, dtype=torch.bool) if attended is None else attended.bool()
+        if shape[0] == 1 and len(masks) > 1:  # padding-free: all rows one after another
+            masks = [[value for mask in masks for value in mask]]
+        for i, mask in enumerate(masks):
+            slots = places[i].nonzero().flatten()
+            if attended is None:
+                slots = slots[: len(mask)]  # packed rows without a mask are padded at their end
+            if len(slots) != len(mask):
+                raise PromptError(
+                    f"Row {i} of a batch has {len(slots)} tokens and a prompt mask of {len(mask)}: give one entry per "
+                    "token of input_ids."
+                )
+            result[i, slots] = torch.tensor(mask)
+        return result
+
+    @staticmethod
+    def from_labels(batch: dict[str, Any]) -> Tensor:
+        labels = batch.get("labels")
+        if labels is None:
+            raise PromptError(
+                "PromptMaskCollator found neither labels in the batch nor a column sapt_prompt_mask or "
+                "completion_mask in the rows: give one of them."
+            )
+        attended = batch.get("attention_mask")
+        mask = torch.ones(labels.shape, dtype=torch.bool) if attended is None else attended.bool()
+        segments = segments_of(batch)
+        return before_labels(mask, labels) if segments is None else before_labels_in_segments(mask, labels, segments)
+
+
+def _mask_of(row: dict[str, Any]) -> list[bool] | None:
+    if row.get("sapt_prompt_mask") is not None:
+        return [bool(value) for value in row["sapt_prompt_mask"]]
+    if row.get("completion_mask") is not None:
+        return [not value for value in row["completion_mask"]]
+    return None

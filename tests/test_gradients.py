@@ -1,0 +1,267 @@
+"""Checkpointing, packing, label smoothing, accumulation, loss scaling: the gradients of the plain path."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate.optimizer import AcceleratedOptimizer
+from test_arm import arguments, collate, rows_of, tokenizer
+from tiny import PAD, assert_real_pool, build_pool, padded, token_rows
+from transformers import Trainer, TrainerCallback
+
+from peft_sapt import ArmCallback, PromptMaskCollator, create_optimizer
+from peft_sapt.errors import PromptError
+
+ROWS = token_rows([9, 12, 7, 14])
+PROMPT = 4  # tokens of each row that are its prompt
+
+
+def batch_of(rows: list[list[int]], encoder_decoder: bool = False) -> dict[str, torch.Tensor]:
+    batch = padded(rows, "right")
+    if encoder_decoder:
+        return {**batch, "labels": batch["input_ids"][:, :5].masked_fill(batch["attention_mask"][:, :5] == 0, -100)}
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    labels[:, :PROMPT] = -100
+    return {**batch, "labels": labels}
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def gradients_of(model, loss: Callable[[], torch.Tensor]) -> dict[str, torch.Tensor]:
+    model.zero_grad(set_to_none=True)
+    loss().backward()
+    return gradients(model)
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 1e-4) -> None:
+    """Per tensor ||difference|| / ||gradient||; at least block, key and projection must have one."""
+    assert found.keys() == expected.keys()
+    for part in ("sapt_A", "sapt_B", "sapt_key", "sapt_query_down", "sapt_query_up", "sapt_query_norm"):
+        assert any(f".{part}." in name and bool(g.any()) for name, g in expected.items()), part
+    for name, gradient in expected.items():
+        assert float((found[name] - gradient).norm()) <= tolerance * float(gradient.norm()) + 1e-9, name
+
+
+@pytest.fixture
+def training(pool):
+    assert_real_pool(pool.attention_weights(**padded(ROWS)))
+    return pool.train()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(training, reentrant) -> None:
+    model, seq2seq = training, training.config.is_encoder_decoder
+    first, second = batch_of(ROWS[:2], seq2seq), batch_of(ROWS[2:], seq2seq)
+
+    def one() -> torch.Tensor:
+        return model(**first, use_cache=False).loss
+
+    def two(of=model) -> torch.Tensor:
+        return of(**first, use_cache=False).loss + 2 * of(**second, use_cache=False).loss
+
+    plain, plain_two = gradients_of(model, one), gradients_of(model, two)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    calls = 0
+    layer = next(m for m in model.modules() if hasattr(m, "sapt_A"))
+
+    def count(*args) -> None:
+        nonlocal calls
+        calls += 1
+
+    handle = layer.register_forward_hook(count)
+    assert_same(gradients_of(model, one), plain)
+    assert calls == 2, "the layer must have been run again, or this test is void"
+    handle.remove()
+    assert_same(gradients_of(model, two), plain_two)
+    twin = copy.deepcopy(model)
+    assert_same(gradients_of(twin, lambda: two(twin)), plain_two)
+    model.gradient_checkpointing_disable()
+    assert_same(gradients_of(model, two), plain_two)
+
+
+def test_checkpointing_leaves_with_the_pool(training) -> None:
+    training.gradient_checkpointing_enable({"use_reentrant": False})
+    training(**batch_of(ROWS, training.config.is_encoder_decoder), use_cache=False).loss.backward()
+    base = training.unload()
+    kinds = {type(f).__module__ for m in base.modules() if (f := m.__dict__.get("_gradient_checkpointing_func"))}
+    assert kinds and not any(kind.startswith("peft_sapt") for kind in kinds)
+
+
+def packed(rows: list[list[int]], how: str) -> dict[str, torch.Tensor]:
+    """``rows`` one after another in a single row, with labels behind each row's prompt."""
+    ids = torch.tensor([[t for row in rows for t in row]])
+    positions = torch.tensor([[i for row in rows for i in range(len(row))]])
+    labels = ids.masked_fill(positions < PROMPT, -100)
+    batch = {"input_ids": ids, "labels": labels, "position_ids": positions}
+    if how == "seq_idx":
+        batch["seq_idx"] = torch.tensor([[n for n, row in enumerate(rows) for _ in row]], dtype=torch.int32)
+    return batch
+
+
+@pytest.mark.parametrize("how", ["position_ids", "seq_idx"])
+def test_packed_rows_have_weights_of_their_own(how) -> None:
+    model = build_pool("llama", ["a", "b", "c"]).train()
+    batch = batch_of(ROWS)
+    plain = model(**batch).logits
+    whole = model(**packed(ROWS, how), use_cache=False).logits[0]
+    at = 0
+    for row, logits in zip(ROWS, plain, strict=True):
+        torch.testing.assert_close(whole[at : at + len(row)], logits[: len(row)], atol=1e-4, rtol=0)
+        at += len(row)
+    answers = sum(len(row) - PROMPT for row in ROWS)
+
+    def summed(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        labels = batch["labels"][:, 1:]
+        logits = model(**batch, use_cache=False).logits[:, :-1]
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / answers
+
+    assert_same(gradients_of(model, lambda: summed(packed(ROWS, how))), gradients_of(model, lambda: summed(batch)))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_packed_rows_under_checkpointing(reentrant) -> None:
+    model = build_pool("llama", ["a", "b", "c"]).train()
+    batch = packed(ROWS, "position_ids")
+    plain = gradients_of(model, lambda: model(**batch, use_cache=False).loss)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert_same(gradients_of(model, lambda: model(**batch, use_cache=False).loss), plain)
+
+
+def test_packed_rows_supervised_from_the_start_are_refused() -> None:
+    model = build_pool("llama", ["a", "b", "c"]).train()
+    batch = packed(ROWS, "position_ids")
+    batch["labels"] = batch["input_ids"].masked_fill(batch["position_ids"] == 0, -100)
+    with pytest.raises(PromptError, match="PromptMaskCollator"):
+        model(**batch)
+    mask = batch["position_ids"] < PROMPT
+    plain = model(**packed(ROWS, "position_ids")).logits
+    torch.testing.assert_close(model(**batch, sapt_prompt_mask=mask).logits, plain)
+
+
+def test_pads_at_the_end_of_a_packed_row_change_nothing() -> None:
+    model = build_pool("llama", ["a", "b", "c"]).train()
+    batch = packed(ROWS, "position_ids")
+    wide = {
+        "input_ids": F.pad(batch["input_ids"], (0, 3), value=PAD),
+        "labels": F.pad(batch["labels"], (0, 3), value=-100),
+        "position_ids": F.pad(batch["position_ids"], (0, 3)),
+    }
+    expected, found = model(**batch), model(**wide)
+    torch.testing.assert_close(found.logits[:, :-3], expected.logits, atol=1e-5, rtol=1e-4)
+    assert_same(gradients_of(model, lambda: model(**wide).loss), gradients_of(model, lambda: model(**batch).loss))
+    model.commit_task()
+    assert bool(model.base_model.attention.targets("default").isfinite().all())
+
+
+def test_label_smoothing_in_the_trainer(tmp_path) -> None:
+    """The Trainer keeps the labels from the model; the prompt comes from PromptMaskCollator."""
+    smoothing, plain = 0.1, build_pool("llama", ["a", "b", "c"]).train()
+    model, rows = copy.deepcopy(plain), rows_of("a", count=8)
+    recorded = run(model, tmp_path, rows, PromptMaskCollator(collate), label_smoothing_factor=smoothing)
+
+    batch = collate(rows)
+    logits = plain(**batch).logits[:, :-1]
+    labels, logs = batch["labels"][:, 1:], F.log_softmax(logits, dim=-1)
+    kept = labels != -100
+    hard = -logs.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)[kept].mean()
+    soft = -logs.mean(dim=-1)[kept].mean()
+    ((1 - smoothing) * hard + smoothing * soft).backward()
+    assert_same(recorded, gradients(plain))
+
+
+def test_training_without_labels_in_the_call_warns(tmp_path) -> None:
+    model = build_pool("llama", ["a", "b", "c"]).train()
+    with pytest.warns(UserWarning, match="PromptMaskCollator"):
+        run(model, tmp_path, rows_of("a", count=8), collate, label_smoothing_factor=0.1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Training without labels")
+        run(model, tmp_path, rows_of("a", count=8), PromptMaskCollator(collate), label_smoothing_factor=0.1)
+
+
+class Record(TrainerCallback):
+    """Gradients as they are just before the optimizer's step."""
+
+    def __init__(self) -> None:
+        self.gradients: dict[str, torch.Tensor] = {}
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
+        self.gradients = gradients(kwargs["model"])
+
+
+def run(model, folder, rows, collator, callbacks=(), **settings) -> dict[str, torch.Tensor]:
+    """One optimizer step of the stock Trainer over ``rows`` in order; the gradients it took."""
+    record = Record()
+    options = {"max_steps": 1, "max_grad_norm": 0, "remove_unused_columns": False, **settings}
+    args = arguments(folder, **options)
+    trainer = Trainer(
+        model=model, args=args, train_dataset=rows, data_collator=collator, callbacks=[record, *callbacks]
+    )
+    trainer._get_train_sampler = lambda *a: torch.utils.data.SequentialSampler(rows)
+    trainer.train()
+    return record.gradients
+
+
+def test_accumulation_equals_one_large_batch(tmp_path) -> None:
+    rows = rows_of("a", count=8)
+    models = [build_pool("llama", ["a", "b", "c"]) for _ in range(2)]
+    whole = run(models[0], tmp_path, rows, collate, per_device_train_batch_size=8)
+    parts = run(models[1], tmp_path, rows, collate, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    assert_same(parts, whole)
+
+
+class EmulatedScaler(TrainerCallback):
+    """What mixed fp16 does on CUDA: losses are scaled before the backward, gradients unscaled before the step."""
+
+    def __init__(self) -> None:
+        self.trainer: Trainer | None = None
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        trainer = self.trainer
+        wrapped = AcceleratedOptimizer(trainer.optimizer.optimizer, device_placement=False, scaler=self.scaler)
+        trainer.optimizer = trainer.callback_handler.optimizer = wrapped
+        trainer.accelerator.scaler = self.scaler
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_loss_scaling_does_not_shrink_arms_term(tmp_path, scaled) -> None:
+    """The step's gradient is that of the language model plus ARM's, at full size, with and without a GradScaler."""
+    rows = rows_of("c", count=8)
+    model = build_pool("llama", ["a"])
+    for name in ("b", "c"):
+        model.commit_task(replay=torch.randn(6, 64))
+        model.add_task(name)
+    with torch.no_grad():
+        for layer in model.modules():
+            if hasattr(layer, "sapt_B"):
+                layer.sapt_B["default"].weight.normal_(std=0.1)
+    arm = ArmCallback(tokenizer(), replay="rows", align_steps=0)
+    twin = copy.deepcopy(model)
+    record, scaling = Record(), EmulatedScaler()
+    args = arguments(tmp_path, max_steps=1, max_grad_norm=0, per_device_train_batch_size=8)
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=rows,
+        data_collator=collate,
+        callbacks=[arm, record, *([scaling] if scaled else [])],
+        optimizers=create_optimizer(model, args),
+    )
+    trainer._get_train_sampler = lambda *a: torch.utils.data.SequentialSampler(rows)
+    scaling.trainer = trainer
+    trainer.train()
+    factor = 1024.0 if scaled else 1.0
+    found = {n: g / factor for n, g in record.gradients.items()}
+    other = ArmCallback(tokenizer(), replay="rows", align_steps=0)
+    other.prepare(twin, [collate(rows)])
+    penalty = other.penalty(twin, seed=arm.seed_of(args, twin.base_model))
+    assert float(penalty.detach()) > 0.1
+    (twin.train()(**collate(rows)).loss + penalty).backward()
+    assert_same(found, gradients(twin))
