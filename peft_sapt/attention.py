@@ -103,17 +103,20 @@ class SharedAttention(nn.Module, PoolModule):
 
     def keys(self, adapter: str) -> Tensor:
         """Keys of all tasks, oldest first, [T, d]; only the last row takes a gradient."""
-        newest = self.sapt_key[adapter].weight
+        newest = whole(self.sapt_key[adapter].weight)
         if adapter not in self.sapt_old_keys:
             return newest
-        return torch.cat([self.sapt_old_keys[adapter].weight, newest])
+        return torch.cat([whole(self.sapt_old_keys[adapter].weight), newest])
 
     def query(self, pooled: Tensor, adapter: str) -> Tensor:
         """LayerNorm(SiLU(W_up W_down e)), or with the SiLU between the two (SAPT, Eq. 1): [..., d] -> [..., d]."""
-        down, up = self.sapt_query_down[adapter], self.sapt_query_up[adapter]
-        x = down(pooled.to(down.weight.dtype))  # [..., query_dim]
-        x = up(F.silu(x)) if self.configs[adapter].query_activation == "between" else F.silu(up(x))
-        return self.sapt_query_norm[adapter](x)
+        down, up, norm = (
+            whole(m[adapter].weight) for m in (self.sapt_query_down, self.sapt_query_up, self.sapt_query_norm)
+        )
+        x = F.linear(pooled.to(down.dtype), down)  # [..., query_dim]
+        between = self.configs[adapter].query_activation == "between"
+        x = F.linear(F.silu(x), up) if between else F.silu(F.linear(x, up))  # [..., d]
+        return F.layer_norm(x, norm.shape, norm, whole(self.sapt_query_norm[adapter].bias), LAYER_NORM_EPS)
 
     def log_weights(self, pooled: Tensor, adapter: str) -> Tensor:
         """Log of softmax_t(k_t . q / (temperature * sqrt(d))) (SAPT, Eq. 2): [..., d] -> [..., T], float32."""
@@ -125,8 +128,8 @@ class SharedAttention(nn.Module, PoolModule):
             return F.log_softmax(scores.float(), dim=-1)
 
     def targets(self, adapter: str) -> Tensor:
-        """Mean attention of each task over its own inputs at its commit, [T, T]."""
-        return self.sapt_targets[adapter].weight.data
+        """Mean attention of each task over its own inputs at its commit, [T, T]; a view unless sharded."""
+        return whole(self.sapt_targets[adapter].weight.data)
 
     def committed(self, adapter: str) -> list[bool]:
         """For each task, oldest first, whether it has been committed."""
@@ -138,7 +141,7 @@ class SharedAttention(nn.Module, PoolModule):
         if adapter not in self.sapt_replay:
             empty = self.sapt_query_down[adapter].weight.new_zeros(0, self.configs[adapter].token_dim or 0)
             return [empty for _ in counts]
-        return list(self.sapt_replay[adapter].weight.data.split(counts))
+        return list(whole(self.sapt_replay[adapter].weight.data).split(counts))
 
     def set_replay(self, adapter: str, rows: list[Tensor]) -> None:
         """Keep ``rows`` ([n_t, d] of each task) in place of what was kept."""
@@ -148,6 +151,11 @@ class SharedAttention(nn.Module, PoolModule):
             self.sapt_replay[adapter] = linear_from(kept)
         elif adapter in self.sapt_replay:
             del self.sapt_replay[adapter]
+
+
+def whole(weight: Tensor) -> Tensor:
+    """``weight`` itself, or all of it where FSDP2 keeps only a shard here (ARM's loss runs outside any forward)."""
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
 def new_key(d: int, device: torch.device | None) -> Tensor:

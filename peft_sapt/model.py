@@ -9,7 +9,11 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, resolve_quantization_backend
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    AuxiliaryTrainingWrapper,
+    resolve_quantization_backend,
+)
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -64,7 +68,11 @@ class SaptModel(LoraExchange, BaseTuner):
         if adapter_name.isdigit():
             raise SaptError(f"Adapter name {adapter_name!r} is all digits, which PEFT confuses with layer indices.")
         # the pool grows by changing its config, so it must not be the caller's object
-        config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        given = self.peft_config[adapter_name]
+        config = self.peft_config[adapter_name] = copy.deepcopy(given)
+        if config.task_type in ("TOKEN_CLS", "QUESTION_ANS"):
+            # PEFT adds the head to the caller's object, after this: one list for both
+            given.modules_to_save = config.modules_to_save = given.modules_to_save or []
         embedding = embedding_weight(model)
         config.token_dim = checked_token_dim(config.token_dim, embedding)
         known: SharedAttention | None = getattr(model, "shared_attention", None)
@@ -109,6 +117,12 @@ class SaptModel(LoraExchange, BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, AuxiliaryTrainingWrapper):  # a head, which need not have the weight PEFT would move
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     # --- running ------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .attention import max_pool
+from .attention import max_pool, whole
 from .config import SaptConfig
 from .errors import PromptError
 from .packing import before_labels_in_segments, max_pool_segments, segments_of
@@ -47,12 +47,18 @@ def read_prompts(module: nn.Module, config: SaptConfig, inputs: dict[str, Any], 
     check_rows(mask, training)
     if embeddings is None:
         with torch.no_grad():  # hooks such as enable_input_require_grads must not pull the attention into their graph
-            embeddings = module.get_input_embeddings()(ids)  # type: ignore[operator]
+            embeddings = look_up(module.get_input_embeddings(), ids)  # type: ignore[operator, arg-type]
     embeddings = embeddings.detach()  # [B, S, d]
     if segments is not None:
         return Prompts(max_pool_segments(embeddings, mask, segments), mask, segments)
     pooled = max_pool(embeddings, mask)  # [B, d]
     return Prompts(with_padding(module, pooled, mask, inputs) if config.pool_padding else pooled, mask, None)
+
+
+def look_up(embedding: nn.Module, ids: Tensor) -> Tensor:
+    """Embeddings of ``ids``, also outside a forward of a model that FSDP2 has sharded."""
+    sharded = {name: whole(p) for name, p in embedding.named_parameters() if hasattr(p, "full_tensor")}
+    return torch.func.functional_call(embedding, sharded, (ids,)) if sharded else embedding(ids)
 
 
 def prompt_tokens(input_ids: Tensor, prompts: Prompts) -> list[list[int]]:

@@ -80,6 +80,7 @@ class PromptRouter:
             return None
         return next((a for a in self.attention.active_adapters if self.attention.holds(a)), None)
 
+    @torch.compiler.disable
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         given = {name: kwargs.pop(name) for name in SAPT_ARGUMENTS if name in kwargs}
         adapter = self.active()
@@ -100,6 +101,7 @@ class PromptRouter:
         gates = rank_gates(weights, config.scalings, config.task_ranks or [])
         self.routing.adapter, self.routing.weights, self.routing.gates = adapter, weights, gates
 
+    @torch.compiler.disable
     def after(self, module: nn.Module, args: tuple, output: Any) -> None:
         routing = self.routing
         if routing.weights is None or routing.owner is not module:

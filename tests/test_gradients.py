@@ -190,9 +190,11 @@ class Record(TrainerCallback):
 
     def __init__(self) -> None:
         self.gradients: dict[str, torch.Tensor] = {}
+        self.first: dict[str, torch.Tensor] = {}
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
         self.gradients = gradients(kwargs["model"])
+        self.first = self.first or self.gradients
 
 
 def run(model, folder, rows, collator, callbacks=(), **settings) -> dict[str, torch.Tensor]:

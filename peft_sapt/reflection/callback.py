@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,12 +22,17 @@ from . import generator as gen
 from .checks import check_arguments, check_task_of_rows, isolated_rng, pool_of
 from .generator import GeneratorSettings, end_token, without_closing
 from .objective import align_attention, attention_loss
+from .processes import agree, sharding_of
 from .pseudo import MIN_PSEUDO_SAMPLES, Selection, wanted_count
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 LOG_PREFIX = "attention/"
+UNREFLECTED = (
+    "The model is sharded, so task {name!r} is trained but not committed: save it, load the pool in one process, and "
+    "call arm.prepare(model, batches) and arm.reflect(model) there."
+)
 
 
 class ArmCallback(TrainerCallback):
@@ -38,6 +44,7 @@ class ArmCallback(TrainerCallback):
       replay rows, balanced by a floor under the new task's own weight.
     - ``on_train_end``: fits the attention once more, so that old tasks have theirs back and the new one keeps what it
       ended with; fits the generator, draws pseudo-samples, and commits the task with its attention target.
+      Of a model sharded by FSDP2, this part is left to one process afterwards, and a warning says so.
     - ``on_log``: adds ``attention/<task>``, the mean weight of each task on the current task's prompts.
 
     Args:
@@ -112,6 +119,10 @@ class ArmCallback(TrainerCallback):
         model, loader = kwargs["model"], kwargs["train_dataloader"]
         pool = pool_of(model)
         check_arguments(args)
+        if sharding_of(model) == "FSDP1":
+            raise ReflectionError(
+                "ArmCallback cannot reach parameters that FSDP1 has flattened: use FSDP2 (fsdp_version: 2), or DDP."
+            )
         check_task_of_rows(loader.dataset, pool)
         self.check_replay(pool)
         self.take_prompts(pool, loader.dataset, loader.collate_fn)
@@ -150,7 +161,10 @@ class ArmCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model = kwargs["model"]
-        self.reflect(model, self.seed_of(args, pool_of(model)))
+        if sharding_of(model) is None:
+            self.reflect(model, self.seed_of(args, pool_of(model)))
+        else:
+            warnings.warn(UNREFLECTED.format(name=pool_of(model).current_task), stacklevel=2)
 
     # --- the steps of ARM, for loops of your own ----------------------------------------------------------------
 
@@ -193,6 +207,7 @@ class ArmCallback(TrainerCallback):
             self.reports[name] = {"wanted": wanted, "kept": len(replay), "real_rows": True}
         else:
             replay = self.generate(model, pool, wanted, seed)
+        agree([replay])
         pool.commit_task(self.pooled, replay)
         self.pooled, self.prompts = None, []
 
@@ -219,6 +234,8 @@ class ArmCallback(TrainerCallback):
             own_target=own_target,
             **self.weights,
         )
+        if sharding_of(pool.attention) is None:
+            agree(p for p in pool.attention.parameters() if p.requires_grad)
 
     def generate(self, model: Any, pool: SaptModel, wanted: int, seed: int) -> Tensor:
         """Fit a generator to the task's prompts and draw ``wanted`` pseudo-samples: pooled, [wanted, d]."""

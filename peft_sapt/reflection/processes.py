@@ -1,0 +1,28 @@
+"""ARM in several processes: all of them end with the same attention and the same replay rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def sharding_of(model: nn.Module) -> str | None:
+    """ "FSDP1" or "FSDP2" if parameters of ``model`` are sharded, else None."""
+    kinds = {type(p).__name__ for p in model.parameters()}
+    if "DTensor" in kinds:
+        return "FSDP2"
+    return "FSDP1" if "FlatParameter" in kinds else None
+
+
+def agree(tensors: Iterable[Tensor]) -> None:
+    """Overwrite ``tensors`` with those of rank 0.
+
+    Every process does ARM's own work from the same data and seeds, but GPUs do not add in a fixed order, and DDP
+    averages gradients, never parameters: a difference made outside its forward would stay.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return
+    for tensor in tensors:
+        dist.broadcast(tensor.data, src=0)
