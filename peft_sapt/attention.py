@@ -92,7 +92,9 @@ class SharedAttention(nn.Module, PoolModule):
         self.sapt_key[adapter] = linear_from(new_key(d, device))
         if len(tasks) > 1:
             self.sapt_old_keys[adapter] = linear_from(torch.cat([new_key(d, device) for _ in tasks[1:]]))
-        self.sapt_targets[adapter] = linear_from(torch.zeros(len(tasks), len(tasks), device=device))
+        # older tasks of a pool built whole count as committed, each to itself until targets are loaded
+        committed = torch.arange(len(tasks), device=device) < len(tasks) - 1
+        self.sapt_targets[adapter] = linear_from(torch.diag(committed.float()))
         rows = sum(config.replay_rows or [])
         if rows:
             self.sapt_replay[adapter] = linear_from(torch.zeros(rows, d, device=device))

@@ -22,8 +22,8 @@ class PromptMaskCollator:
     otherwise from the labels of the batch. Padding on either side and padding-free batches (all rows in one) are
     recognised.
 
-    Give it to the Trainer as ``data_collator=PromptMaskCollator(collator)``. Columns of rows reach a collator only
-    with ``TrainingArguments(remove_unused_columns=False)``; TRL keeps ``completion_mask`` by itself.
+    Give it to the Trainer (or TRL's SFTTrainer) as ``data_collator=PromptMaskCollator(collator)``. Columns of rows
+    reach a collator only with ``TrainingArguments(remove_unused_columns=False)``.
 
     Raises:
         PromptError: on a call: some rows have a mask and others do not, a mask has another length than its row's
@@ -70,7 +70,8 @@ class PromptMaskCollator:
         if labels is None:
             raise PromptError(
                 "PromptMaskCollator found neither labels in the batch nor a column sapt_prompt_mask or "
-                "completion_mask in the rows: give one of them."
+                "completion_mask in the rows: give one of them. (A Trainer drops such columns unless "
+                "remove_unused_columns=False.)"
             )
         attended = batch.get("attention_mask")
         mask = torch.ones(labels.shape, dtype=torch.bool) if attended is None else attended.bool()

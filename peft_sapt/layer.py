@@ -94,9 +94,17 @@ class SaptLayer(PoolModule):
 class Linear(nn.Module, SaptLayer):
     """SAPT on a linear layer: nn.Linear, transformers' Conv1D, or a quantised linear."""
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: SaptConfig, routing: Routing) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: SaptConfig,
+        routing: Routing,
+        name: str = "a SAPT layer",
+    ) -> None:
         super().__init__()
         SaptLayer.__init__(self, base_layer, routing)
+        self.name = name  # in the base model, for messages
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
@@ -123,18 +131,18 @@ class Linear(nn.Module, SaptLayer):
         gates = self.routing.gates
         if gates is None:
             raise WeightsError(
-                "A SAPT layer ran outside of the model's own forward, so no attention weights are known. Call the "
+                f"{self.name} ran outside of the model's own forward, so no attention weights are known. Call the "
                 "whole model. (Activation checkpointing other than transformers' own reruns layers alone: use "
                 "model.gradient_checkpointing_enable() instead.)"
             )
         if gates.shape[0] != x.shape[0]:
             raise WeightsError(
-                f"A SAPT layer got {x.shape[0]} rows, but attention weights for {gates.shape[0]}: its module mixes or "
-                "flattens rows (MoE experts, packed tokens). Take it out of target_modules."
+                f"{self.name} got {x.shape[0]} rows, but attention weights for {gates.shape[0]}: its module mixes or "
+                "flattens rows (a router or expert of an MoE block). Take it out of target_modules."
             )
         if gates.dim() == 3 and gates.shape[1] != x.shape[1]:
             raise WeightsError(
-                f"A SAPT layer got {x.shape[1]} positions, but attention weights for {gates.shape[1]}: packed rows "
+                f"{self.name} got {x.shape[1]} positions, but attention weights for {gates.shape[1]}: packed rows "
                 "are not supported where a module changes the length of a row."
             )
         return gates

@@ -35,6 +35,17 @@ except ImportError:  # pragma: no cover
     init_empty_weights = None
 
 
+# arguments that generate() takes and no forward does
+GENERATION_ARGUMENTS = {
+    "generation_config",
+    "max_new_tokens",
+    "min_new_tokens",
+    "max_length",
+    "do_sample",
+    "num_beams",
+}
+
+
 class SaptModel(LoraExchange, BaseTuner):
     """A base model with one or more pools of LoRA blocks under a shared attention (SAPT, ACL 2024).
 
@@ -113,7 +124,7 @@ class SaptModel(LoraExchange, BaseTuner):
                 f"Module {current_key!r} of type {type(base).__name__} cannot be adapted: SAPT takes nn.Linear, "
                 "Conv1D and the quantised linear layers that PEFT knows. Take it out of target_modules."
             )
-        layer = Linear(target, adapter_name, peft_config, self._routing)
+        layer = Linear(target, adapter_name, peft_config, self._routing, current_key)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -136,7 +147,18 @@ class SaptModel(LoraExchange, BaseTuner):
                 "adapter_names (one adapter per row) is not supported: tasks live inside one adapter, so pass "
                 "sapt_task=[name, ...] with one task per row instead."
             )
-        yield
+        # PeftModel without a task type calls the base model's generate itself, within this context; its prompt is here
+        generating = bool(GENERATION_ARGUMENTS & {name for name, value in kwargs.items() if value is not None})
+        router = self.prompt_router if hasattr(self.model, "shared_attention") else None
+        adapter = None if router is None else router.active()
+        if not generating or router is None or adapter is None or router.routing.session is not None:
+            yield
+            return
+        router.routing.session = self._generation_weights(router, adapter, args, kwargs)
+        try:
+            yield
+        finally:
+            router.routing.session = None
 
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:

@@ -34,7 +34,8 @@ def before_labels(mask: Tensor, labels: Tensor) -> Tensor:
         rows = empty.nonzero().flatten().tolist()
         raise PromptError(
             f"Rows {rows} have labels but no prompt token before them, so there is nothing to compute their attention "
-            "from. Set the labels of prompt tokens to -100, or pass sapt_prompt_mask=[B, S] with True on the prompt."
+            "from. Set the labels of prompt tokens to -100, or mark the prompt with sapt_prompt_mask=[B, S], as "
+            "PromptMaskCollator does from a column of the rows (with remove_unused_columns=False)."
         )
     return prompt
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .attention import SharedAttention
 from .checkpointing import gate_checkpoints, ungate_checkpoints
-from .errors import PromptError, TaskError, WeightsError
+from .errors import PromptError, SaptError, TaskError, WeightsError
 from .ops import rank_gates
 from .pooling import is_encoder_decoder, read_prompts
 from .weights import check_weights, one_hot, spread
@@ -83,6 +83,8 @@ class PromptRouter:
     @torch.compiler.disable
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         given = {name: kwargs.pop(name) for name in SAPT_ARGUMENTS if name in kwargs}
+        if getattr(module, "_is_replica", False):
+            raise SaptError("nn.DataParallel is not supported: start the script with torchrun or accelerate launch.")
         adapter = self.active()
         inside = self.routing.weights is not None and module is not self.base  # an encoder in a routed forward
         if adapter is None or inside:

@@ -20,6 +20,7 @@ from zoo import CASES, METHODS, ROWS, TASKS, base_of, batch_of, loss_of, result,
 from peft_sapt.errors import SaptError
 
 Model = PeftModel
+README = Path(__file__).parents[1] / "README.md"
 
 
 def sapt(model: Model) -> bool:
@@ -214,6 +215,22 @@ CELLS = [(n, b) for n in CASES for b in BEHAVIOURS if (n, b) not in VOID | UNTES
 @pytest.mark.parametrize(("name", "behaviour"), CELLS, ids=lambda value: value.replace(" ", ""))
 def test_cell(name: str, behaviour: str, method: str, tmp_path: Path) -> None:
     BEHAVIOURS[behaviour](name, METHODS[method](name), tmp_path)
+
+
+def table() -> str:
+    """The matrix as Markdown; the README holds it word for word."""
+    lines = ["| model | " + " | ".join(BEHAVIOURS) + " |", "|---|" + "---|" * len(BEHAVIOURS)]
+    for name, case in CASES.items():
+        cells = []
+        for behaviour in BEHAVIOURS:
+            void, left = (name, behaviour) in VOID, (name, behaviour) in UNTESTED
+            cells.append("" if void else "untested" if left else "✓")
+        lines.append(f"| {name}{f' ({case.task_type})' if case.task_type else ''} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def test_the_readme_shows_this_matrix() -> None:
+    assert table() in README.read_text(encoding="utf-8"), f"put this into README.md:\n{table()}"
 
 
 def test_few_cells_are_untested() -> None:

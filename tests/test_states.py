@@ -123,7 +123,7 @@ def test_loading_an_open_pool_over_a_committed_one_opens_it(tmp_path) -> None:
     model.commit_task()
     assert not any(p.requires_grad for p in model.parameters())
     model.load_adapter(tmp_path, "default", is_trainable=True)
-    assert model.committed_tasks == []
+    assert model.committed_tasks == ["a"]
     assert any(p.requires_grad for n, p in model.named_parameters() if ".sapt_A." in n)
 
 
@@ -196,7 +196,7 @@ def test_copies_are_recognised_behind_a_closing_end_token(monkeypatch) -> None:
         selection.offer([10, 11], True)
         selection.offer([10, 12], True)
 
-    monkeypatch.setattr("peft_sapt.reflection.generator.draw", draw)
+    monkeypatch.setattr("peft_sapt.reflection.replay.draw", draw)
     arm.reflect(model)
     assert (arm.reports["a"]["copies"], arm.reports["a"]["kept"]) == (1, 1)
     expected = model.pooled_prompts([{"input_ids": torch.tensor([[10, 12, 2]])}])

@@ -18,12 +18,12 @@ from ..errors import ReflectionError, TaskError
 from ..files import write_atomically
 from ..model import SaptModel
 from ..pooling import prompt_tokens, read_prompts
-from . import generator as gen
-from .checks import check_arguments, check_task_of_rows, isolated_rng, pool_of
-from .generator import GeneratorSettings, end_token, without_closing
+from .checks import can_generate, check_arguments, check_task_of_rows, isolated_rng, pool_of
+from .generator import GeneratorSettings
 from .objective import align_attention, attention_loss
 from .processes import agree, sharding_of
-from .pseudo import MIN_PSEUDO_SAMPLES, Selection, wanted_count
+from .pseudo import MIN_PSEUDO_SAMPLES, wanted_count
+from .replay import draw_pseudo_samples
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -124,7 +124,7 @@ class ArmCallback(TrainerCallback):
                 "ArmCallback cannot reach parameters that FSDP1 has flattened: use FSDP2 (fsdp_version: 2), or DDP."
             )
         check_task_of_rows(loader.dataset, pool)
-        self.check_replay(pool)
+        self.check_pool(pool)
         self.take_prompts(pool, loader.dataset, loader.collate_fn)
         if len(pool.tasks) > 1 and state.global_step == 0 and self.align_steps:
             with isolated_rng(self.seed_of(args, pool), model):
@@ -171,7 +171,7 @@ class ArmCallback(TrainerCallback):
     def prepare(self, model: Any, batches: Iterable[Mapping[str, Tensor]], seed: int = 0) -> None:
         """What ``on_train_begin`` does, for a loop without the Trainer; ``batches`` are forward's arguments."""
         pool = pool_of(model)
-        self.check_replay(pool)
+        self.check_pool(pool)
         self.take_batches(pool, batches)
         if len(pool.tasks) > 1 and self.align_steps:
             with isolated_rng(seed, model):
@@ -206,7 +206,12 @@ class ArmCallback(TrainerCallback):
             replay: Tensor = self.pooled[picked.to(self.pooled.device)]
             self.reports[name] = {"wanted": wanted, "kept": len(replay), "real_rows": True}
         else:
-            replay = self.generate(model, pool, wanted, seed)
+            drawn = draw_pseudo_samples(
+                model, self.tokenizer, self.prompts, wanted, self.generator, self.allow_copies, seed
+            )
+            self.reports[name] = drawn.report.to_dict()
+            replay = drawn.pooled(pool)
+            self.pseudo_samples[name] = drawn.texts
         agree([replay])
         pool.commit_task(self.pooled, replay)
         self.pooled, self.prompts = None, []
@@ -237,35 +242,12 @@ class ArmCallback(TrainerCallback):
         if sharding_of(pool.attention) is None:
             agree(p for p in pool.attention.parameters() if p.requires_grad)
 
-    def generate(self, model: Any, pool: SaptModel, wanted: int, seed: int) -> Tensor:
-        """Fit a generator to the task's prompts and draw ``wanted`` pseudo-samples: pooled, [wanted, d]."""
-        name, tokenizer, settings = pool.current_task, self.tokenizer, self.generator
-        prompts, closing = without_closing(self.prompts, tokenizer.eos_token_id)
-        end = end_token(tokenizer, prompts)
-        start = tokenizer(gen.PREFIX, add_special_tokens=False).input_ids
-        selection = Selection(wanted, prompts, set(tokenizer.all_special_ids), self.allow_copies)
-        longest = max(map(len, prompts)) + 8
-        with isolated_rng(seed, model), gen.generator_adapter(model, settings):
-            losses = gen.fit(model, prompts, start, end, settings, seed)
-            gen.draw(model, selection, start, end, tokenizer.pad_token_id, longest, settings)
-        report = selection.report
-        report.generator_loss = [round(losses[0], 4), round(losses[-1], 4)]
-        self.reports[name] = report.to_dict()
-        if selection.missing > 0:
+    def check_pool(self, pool: SaptModel) -> None:
+        if self.replay == "generated" and not can_generate(pool):
             raise ReflectionError(
-                f"The generator of task {name!r} gave {report.kept} usable pseudo-samples of {wanted} wanted, out of "
-                f"{report.drawn} drawn ({report.unfinished} without end, {report.empty} empty, {report.duplicates} "
-                f"repeated, {report.copies} copies of training rows). The task is trained but not committed: call "
-                "arm.reflect(model) after changing arm.generator (epochs, temperature), arm.allow_copies or "
-                "arm.replay = 'rows'."
+                f"A {type(pool.model).__name__} writes no text, so it cannot generate pseudo-samples: use "
+                "ArmCallback(replay='rows')."
             )
-        self.pseudo_samples[name] = tokenizer.batch_decode(selection.kept)
-        device = pool.attention.weight.device
-        return pool.pooled_prompts(
-            {"input_ids": torch.tensor([row + closing], device=device)} for row in selection.kept
-        )
-
-    def check_replay(self, pool: SaptModel) -> None:
         if pool.committed_tasks == pool.tasks:
             raise TaskError(
                 f"The current task {pool.current_task!r} is committed: call model.add_task(name) before training new "

@@ -25,6 +25,11 @@ def pool_of(model: Any) -> SaptModel:
     return found
 
 
+def can_generate(pool: SaptModel) -> bool:
+    asked = getattr(pool.model, "can_generate", None)
+    return bool(asked()) if callable(asked) else False
+
+
 def check_arguments(args: TrainingArguments) -> None:
     if args.n_gpu > 1:
         raise ReflectionError("nn.DataParallel is not supported: start the script with torchrun or accelerate launch.")

@@ -1,0 +1,282 @@
+"""PEFT and transformers habits around a pool: targeting, native adapters, heads, evaluation inside training."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import PeftModel, get_model_status, get_peft_model, inject_adapter_in_model
+from test_arm import arguments, collate, rows_of, tokenizer
+from tiny import PAD, assert_real_pool, build_pool, padded, tiny_llama, tiny_t5, token_rows
+from torch import nn
+from transformers import AutoModelForCausalLM, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
+from zoo import TASKS, base_of, batch_of, pool_of, result
+
+from peft_sapt import ArmCallback, SaptConfig
+from peft_sapt.errors import SaptError, TaskError, WeightsError
+
+ROWS = token_rows([5, 9, 3, 12])
+
+
+def logits(model, **kwargs) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**padded(ROWS), **kwargs).logits
+
+
+def adapted(settings: dict) -> set[str]:
+    model = get_peft_model(tiny_llama(), SaptConfig(task_type="CAUSAL_LM", **settings))
+    return {name.removeprefix("base_model.model.model.") for name, m in model.named_modules() if hasattr(m, "sapt_A")}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, {f"layers.{i}.self_attn.{p}_proj" for i in range(2) for p in "qv"}),
+        ({"target_modules": ["o_proj"]}, {f"layers.{i}.self_attn.o_proj" for i in range(2)}),
+        ({"target_modules": r".*\.1\..*\.(up|down)_proj"}, {"layers.1.mlp.up_proj", "layers.1.mlp.down_proj"}),
+        ({"layers_to_transform": [1]}, {"layers.1.self_attn.q_proj", "layers.1.self_attn.v_proj"}),
+        ({"exclude_modules": ["v_proj"]}, {f"layers.{i}.self_attn.q_proj" for i in range(2)}),
+        ({"exclude_modules": r".*layers\.0\..*"}, {"layers.1.self_attn.q_proj", "layers.1.self_attn.v_proj"}),
+    ],
+)
+def test_targeting(settings, expected) -> None:
+    assert adapted(settings) == expected
+
+
+def test_all_linear_leaves_the_head_alone() -> None:
+    found = adapted({"target_modules": "all-linear"})
+    assert len(found) == 2 * 7 and not [name for name in found if "lm_head" in name]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A pool and its base in two folders, and the pool's logits."""
+    pool = build_pool("llama", TASKS).eval()
+    assert_real_pool(pool.attention_weights(**padded(ROWS)))
+    expected = logits(pool)
+    pool.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    pool.save_pretrained(tmp_path / "pool")
+    pool.unload().save_pretrained(tmp_path / "base")
+    return tmp_path, expected
+
+
+def test_transformers_own_adapters(saved) -> None:
+    folder, expected = saved
+    base = AutoModelForCausalLM.from_pretrained(folder / "base").eval()
+    plain = logits(base)
+    base.load_adapter(str(folder / "pool"))
+    torch.testing.assert_close(logits(base), expected)
+    base.disable_adapters()
+    torch.testing.assert_close(logits(base), plain)
+    base.enable_adapters()
+    torch.testing.assert_close(logits(base), expected)
+    settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    native = base.generate(**padded(ROWS), **settings)
+    wrapped = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "base"), folder / "pool").eval()
+    assert torch.equal(native, wrapped.generate(**padded(ROWS), **settings))
+
+
+def test_auto_model_of_an_adapter_folder(saved) -> None:
+    folder, expected = saved
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(folder / "pool").eval()), expected)
+
+
+def test_injection_without_a_wrapper() -> None:
+    base = tiny_llama().eval()
+    plain = logits(base)
+    model = inject_adapter_in_model(SaptConfig(tasks=TASKS, init_weights=False), base)
+    assert model is base and not torch.allclose(logits(model), plain, atol=1e-3)
+    assert get_model_status(model).num_adapter_layers == 4 + 1
+    wrapped = get_peft_model(tiny_llama(), SaptConfig(task_type="CAUSAL_LM", tasks=TASKS))
+    assert get_model_status(wrapped).peft_types == {"default": "SAPT"}
+
+
+def test_without_a_task_type_generation_holds_the_weights_of_the_prompt() -> None:
+    typed = build_pool("llama", TASKS).eval()
+    model = get_peft_model(typed.unload(), SaptConfig(tasks=TASKS, init_weights=False, temperature=0.3)).eval()
+    held = model.attention_weights(**padded(ROWS))
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    seen = []
+    layer = next(m for m in model.modules() if hasattr(m, "sapt_A"))
+    layer.register_forward_pre_hook(lambda m, args: seen.append(m.routing.weights.clone()))
+    cached = model.generate(**padded(ROWS), **settings)
+    assert torch.equal(cached, model.generate(**padded(ROWS), **settings, use_cache=False))
+    assert len(seen) == 10 and all(torch.allclose(weights, held, atol=1e-6) for weights in seen)
+
+
+def test_a_saved_module_travels_with_a_pool_of_one_task(tmp_path) -> None:
+    model = build_pool("llama", ["a"], modules_to_save=["lm_head"]).eval()
+    with torch.no_grad():
+        model.get_base_model().lm_head.modules_to_save["default"].weight.normal_()
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    base = model.unload()
+    base.lm_head.reset_parameters()
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(base, tmp_path).eval()), expected)
+    with pytest.raises(TaskError, match="one head"):
+        build_pool("llama", ["a"], modules_to_save=["lm_head"]).add_task("b")
+
+
+@pytest.mark.parametrize("name", ["BERT, sequence", "BERT, token", "BERT, question", "Llama, sequence"])
+def test_a_second_task_never_overwrites_a_head(name) -> None:
+    """The head belongs to the task it was trained with: another task needs another pool, and gets its own head."""
+    model = pool_of(name, tasks=["a"], task_ranks=[2])
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(TaskError, match=r"one head.*one adapter per task"):
+        model.add_task("b")
+    after = model.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in after)
+    with torch.no_grad():
+        expected = result(model(**batch_of(name)))
+        model.add_adapter("b", SaptConfig(task_type=model.peft_config["default"].task_type, task_name="b"))
+        model.set_adapter("b")
+        for key, parameter in model.named_parameters():
+            if ".b." in key and "modules_to_save" in key:
+                parameter.add_(1.0)
+        assert not torch.allclose(result(model(**batch_of(name))), expected, atol=1e-3)
+        model.set_adapter("default")
+        assert torch.equal(result(model(**batch_of(name))), expected)
+
+
+def test_encoders_take_stored_rows() -> None:
+    from peft_sapt.errors import ReflectionError
+
+    model = pool_of("BERT, sequence", tasks=["a"], task_ranks=[2])
+    batches = [{**batch_of("BERT, sequence"), "labels": torch.zeros(4).long()}]
+    arm = ArmCallback(tokenizer())
+    with pytest.raises(ReflectionError, match="replay='rows'"):
+        arm.prepare(model, batches)
+    arm = ArmCallback(tokenizer(), replay="rows")
+    arm.prepare(model, batches)
+    arm.reflect(model)
+    assert model.committed_tasks == ["a"] and model.peft_config["default"].replay_rows == [4]
+
+
+def test_two_pools_cannot_be_active_at_once() -> None:
+    model = build_pool("llama", TASKS)
+    model.add_adapter("other", SaptConfig(task_type="CAUSAL_LM"))
+    with pytest.raises(SaptError, match="One pool can be active"):
+        model.base_model.set_adapter(["default", "other"])
+
+
+def test_replicas_of_data_parallel_are_refused() -> None:
+    model = build_pool("llama", TASKS)
+    model.get_base_model()._is_replica = True
+    with pytest.raises(SaptError, match="torchrun"):
+        logits(model)
+
+
+class Flattening(nn.Module):
+    """What an MoE block does before its router: tokens of all rows in one dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.out = nn.Linear(12, 12), nn.Linear(12, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.gate(x.flatten(0, 1)).view_as(x))
+
+
+def test_layers_that_flatten_rows_are_refused_by_name() -> None:
+    model = get_peft_model(Flattening(), SaptConfig(target_modules=["gate"], token_dim=4, tasks=["a", "b"]))
+    with pytest.raises(WeightsError, match=r"gate got 15 rows, but attention weights for 3.*target_modules"):
+        model(torch.randn(3, 5, 12), sapt_weights=[0.5, 0.5])
+
+
+def test_layers_that_are_no_linears_are_refused_by_name() -> None:
+    with pytest.raises(SaptError, match=r"model\.embed_tokens.*Embedding"):
+        get_peft_model(tiny_llama(), SaptConfig(task_type="CAUSAL_LM", target_modules=["embed_tokens"]))
+
+
+@pytest.mark.parametrize("field", ["use_dora", "rank_pattern", "alpha_pattern"])
+def test_lora_variants_are_refused_by_name(field) -> None:
+    with pytest.raises(SaptError, match=rf"SaptConfig\.{field} is not supported"):
+        SaptConfig(**{field: {"q_proj": 2}})
+
+
+def test_rslora_scales_by_the_root_of_the_rank() -> None:
+    config = SaptConfig(tasks=["a", "b"], task_ranks=[4, 9], task_alphas=[8, 6], use_rslora=True)
+    assert config.scalings == [4.0, 2.0]
+
+
+def test_evaluation_and_prediction_inside_training(tmp_path) -> None:
+    model = build_pool("llama", ["a"])
+    args = arguments(tmp_path, max_steps=4, eval_strategy="steps", eval_steps=2)
+    trainer = Trainer(
+        model=model, args=args, train_dataset=rows_of("a"), eval_dataset=rows_of("a", 8, seed=1),
+        data_collator=collate, callbacks=[ArmCallback(tokenizer(), replay="rows")],
+    )  # fmt: skip
+    trainer.train()
+    losses = [h["eval_loss"] for h in trainer.state.log_history if "eval_loss" in h]
+    assert len(losses) == 2 and model.committed_tasks == ["a"]
+    predicted = trainer.predict(rows_of("a", 8, seed=1)).predictions
+    with torch.no_grad():
+        expected = model.eval()(**{k: v for k, v in collate(rows_of("a", 8, seed=1)).items() if k != "labels"})
+    torch.testing.assert_close(torch.tensor(predicted), expected.logits, atol=1e-4, rtol=1e-4)
+
+
+def test_seq2seq_trainer_generates(tmp_path) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_t5(), SaptConfig(task_type="SEQ_2_SEQ_LM", task_name="a"))
+    rows = [{"input_ids": r["input_ids"][:-1], "labels": [r["input_ids"][-1], 2]} for r in rows_of("a", 24)]
+
+    def collate_t5(picked: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        return {**padded([r["input_ids"] for r in picked]), "labels": torch.tensor([r["labels"] for r in picked])}
+
+    args = Seq2SeqTrainingArguments(
+        output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=8, predict_with_generate=True,
+        generation_max_length=4, report_to="none", use_cpu=True, save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Seq2SeqTrainer(
+        model=model, args=args, train_dataset=rows, data_collator=collate_t5,
+        callbacks=[ArmCallback(tokenizer(), replay="rows")],
+    )  # fmt: skip
+    trainer.train()
+    found = torch.tensor(trainer.predict(rows[:4]).predictions)
+    expected = model.generate(**padded([r["input_ids"] for r in rows[:4]]), max_length=4)
+    width = expected.shape[1]
+    assert torch.equal(found[:, :width], expected) and model.config.pad_token_id == PAD
+
+
+def test_nothing_of_peft_or_transformers_is_changed() -> None:
+    """Importing and using a pool leaves every class and module function of the libraries as it was."""
+    import subprocess
+    import sys
+
+    script = """
+import peft, transformers, peft.tuners.tuners_utils as t, transformers.modeling_utils as m, peft.peft_model as p
+def snapshot():
+    found = {}
+    for module in (peft, t, m, p, peft.utils.save_and_load, peft.mapping):
+        for name, value in vars(module).items():
+            if isinstance(value, type) and value.__module__.split('.')[0] in ('peft', 'transformers'):
+                if value.__name__ != 'PeftType':
+                    found |= {(module.__name__, name, k): id(v) for k, v in vars(value).items() if callable(v)}
+            elif callable(value):
+                found[module.__name__, name] = id(value)
+    return found
+from transformers import LlamaConfig, LlamaForCausalLM
+tiny = LlamaConfig(vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+base, before = LlamaForCausalLM(tiny), snapshot()
+import peft_sapt, torch
+model = peft.get_peft_model(base, peft_sapt.SaptConfig(task_type='CAUSAL_LM'))
+model.gradient_checkpointing_enable()
+ids = torch.tensor([[1, 2, 3, 4]])
+model.train()(input_ids=ids, labels=torch.tensor([[-100, -100, 3, 4]])).loss.backward()
+model.generate(input_ids=ids, max_new_tokens=2)
+assert snapshot() == before, [k for k in before if snapshot().get(k) != before[k]]
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+def test_a_plain_module_with_weights_of_the_caller() -> None:
+    model = pool_of("nn.Module")
+    x = batch_of("nn.Module")["x"]
+    with torch.no_grad():
+        for i, task in enumerate(TASKS):
+            one_hot = torch.eye(3)[i].expand(4, 3)
+            assert torch.equal(model(x, sapt_task=task), model(x, sapt_weights=one_hot))
+        base = base_of("nn.Module")(x)
+        torch.testing.assert_close(model(x, sapt_weights=torch.zeros(4, 3)), base)
+    with pytest.raises(SaptError, match="prompt"):
+        model(x)
