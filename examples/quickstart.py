@@ -29,8 +29,8 @@ from peft_sapt import PeftModel
 from peft_sapt.continual.metrics import average_performance, backward_transfer, forgetting_rate, forward_transfer
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def make_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", default="smollm2", help="Hub id or folder; default: SmolLM2-135M from PyPI")
     parser.add_argument("--tasks-dir", type=Path, help="folder of <task>.{train,validation,test}.jsonl[.gz]")
     parser.add_argument("--order", type=lambda text: text.split(","), help="tasks of the folder, comma separated")
@@ -50,7 +50,7 @@ def parse() -> argparse.Namespace:
     for item in fields(Budget):
         flag = "--" + item.name.replace("_", "-")
         parser.add_argument(flag, type=type(item.default), default=item.default, help=f"default {item.default}")
-    return parser.parse_args()
+    return parser
 
 
 def set_up(args: argparse.Namespace) -> Bench:
@@ -147,7 +147,7 @@ def failures(results: dict[str, Any]) -> list[str]:
 
 
 def main() -> int:
-    args, begun = parse(), time.perf_counter()
+    args, begun = make_parser(__doc__.splitlines()[0]).parse_args(), time.perf_counter()
     bench = set_up(args)
     path = args.out / "results.json"
     settings = {
