@@ -102,6 +102,7 @@ class SharedAttention(nn.Module, PoolModule):
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self.configs.pop(adapter_name, None)
+        self.router.routing.seen.pop(adapter_name, None)
 
     def keys(self, adapter: str) -> Tensor:
         """Keys of all tasks, oldest first, [T, d]; only the last row takes a gradient."""
@@ -147,8 +148,8 @@ class SharedAttention(nn.Module, PoolModule):
 
     def set_replay(self, adapter: str, rows: list[Tensor]) -> None:
         """Keep ``rows`` ([n_t, d] of each task) in place of what was kept."""
-        self.configs[adapter].replay_rows = [len(r) for r in rows]
         kept = torch.cat(rows)
+        self.configs[adapter].replay_rows = [len(r) for r in rows]
         if len(kept):
             self.sapt_replay[adapter] = linear_from(kept)
         elif adapter in self.sapt_replay:

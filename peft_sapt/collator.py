@@ -20,7 +20,7 @@ class PromptMaskCollator:
     the model, and with a loss on the full sequence, where labels begin at the first token. The mask comes from the
     rows, if they have the column ``sapt_prompt_mask`` (1 on prompt tokens) or TRL's ``completion_mask`` (0 on them),
     otherwise from the labels of the batch. Padding on either side and padding-free batches (all rows in one) are
-    recognised.
+    recognised. For an encoder-decoder say ``encoder_decoder=True``: its whole input is prompt, whatever the labels.
 
     Give it to the Trainer (or TRL's SFTTrainer) as ``data_collator=PromptMaskCollator(collator)``. Columns of rows
     reach a collator only with ``TrainingArguments(remove_unused_columns=False)``.
@@ -30,8 +30,10 @@ class PromptMaskCollator:
             tokens, or there is neither a mask nor labels.
     """
 
-    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
-        self.collator = collator
+    def __init__(
+        self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]], encoder_decoder: bool = False
+    ) -> None:
+        self.collator, self.encoder_decoder = collator, encoder_decoder
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         masks = [_mask_of(row) for row in rows]
@@ -40,7 +42,12 @@ class PromptMaskCollator:
         given = [mask for mask in masks if mask is not None]
         if len(given) not in (0, len(rows)):
             raise PromptError(f"Only {len(given)} of {len(rows)} rows have a prompt mask: give all of them one.")
-        batch["sapt_prompt_mask"] = self.laid_out(given, batch) if given else self.from_labels(batch)
+        if given:
+            batch["sapt_prompt_mask"] = self.laid_out(given, batch)
+        elif self.encoder_decoder or "decoder_input_ids" in batch:
+            batch["sapt_prompt_mask"] = attended_of(batch)
+        else:
+            batch["sapt_prompt_mask"] = self.from_labels(batch)
         return batch
 
     @staticmethod
@@ -48,13 +55,13 @@ class PromptMaskCollator:
         """``masks`` in the places that the collator gave their rows' tokens."""
         shape = batch["input_ids"].shape
         result = torch.zeros(shape, dtype=torch.bool)
-        attended = batch.get("attention_mask")
-        places = torch.ones(shape, dtype=torch.bool) if attended is None else attended.bool()
-        if shape[0] == 1 and len(masks) > 1:  # padding-free: all rows one after another
+        places = attended_of(batch)
+        flattened = shape[0] == 1 and len(masks) > 1
+        if flattened:  # padding-free: all rows one after another
             masks = [[value for mask in masks for value in mask]]
         for i, mask in enumerate(masks):
             slots = places[i].nonzero().flatten()
-            if attended is None:
+            if batch.get("attention_mask") is None and (flattened or "position_ids" in batch):
                 slots = slots[: len(mask)]  # packed rows without a mask are padded at their end
             if len(slots) != len(mask):
                 raise PromptError(
@@ -73,10 +80,17 @@ class PromptMaskCollator:
                 "completion_mask in the rows: give one of them. (A Trainer drops such columns unless "
                 "remove_unused_columns=False.)"
             )
-        attended = batch.get("attention_mask")
-        mask = torch.ones(labels.shape, dtype=torch.bool) if attended is None else attended.bool()
+        mask = attended_of(batch)
+        if labels.shape != mask.shape:  # of a class, or of a decoder: the whole input is prompt
+            return mask
         segments = segments_of(batch)
         return before_labels(mask, labels) if segments is None else before_labels_in_segments(mask, labels, segments)
+
+
+def attended_of(batch: dict[str, Any]) -> Tensor:
+    """Attended tokens of a batch, [B, S]; all of them where no mask is given."""
+    mask = batch.get("attention_mask")
+    return torch.ones(batch["input_ids"].shape, dtype=torch.bool) if mask is None else mask.bool()
 
 
 def _mask_of(row: dict[str, Any]) -> list[bool] | None:

@@ -32,6 +32,7 @@ class LoraExchange(TaskPool):
             TaskError: unknown name.
             LoraFolderError: ``folder`` is a file.
         """
+        self.refuse_sharded("export_task")
         index, config = self.index_of(name), self.pool_config
         rank, alpha = (config.task_ranks or [])[index], (config.task_alphas or [])[index]
         factors = {key: pair[index] for key, pair in self._factors().items()}
@@ -55,13 +56,20 @@ class LoraExchange(TaskPool):
             WeightsError: wrong count, not finite, or all zero.
             TaskError: ``weights`` names an unknown task.
         """
+        self.refuse_sharded("export_mixture")
         config = self.pool_config
         if isinstance(weights, Mapping):
             chosen = [0.0] * len(self.tasks)
             for name, weight in weights.items():
                 chosen[self.index_of(name)] = float(weight)
         else:
-            chosen = [float(w) for w in weights]
+            given = torch.as_tensor(weights).float()
+            if given.dim() > 1 and given.shape[0] > 1:
+                raise WeightsError(
+                    f"export_mixture got weights of shape {list(given.shape)}: one LoRA is one mixture, so pass a "
+                    "single row of them."
+                )
+            chosen = given.flatten().tolist()
         if len(chosen) != len(self.tasks) or not torch.tensor(chosen).isfinite().all() or not any(chosen):
             raise WeightsError(
                 f"export_mixture got weights {chosen}: give one finite number for each of the tasks {self.tasks}, not "
@@ -123,6 +131,8 @@ class LoraExchange(TaskPool):
                 getattr(layer, attr)[adapter] = linear_from(value.to(weight.device, weight.dtype))
         config.task_ranks = [*(config.task_ranks or [])[:-1], lora.r]
         config.task_alphas = [*(config.task_alphas or [])[:-1], alpha]
+        config.inference_mode = False
+        self.prompt_router.routing.seen.pop(adapter, None)
         self.refresh_trainable()
 
     # --- parts --------------------------------------------------------------------------------------------------
@@ -158,7 +168,8 @@ class LoraExchange(TaskPool):
         return lora
 
     def _wrapped(self) -> list[tuple[str, Any]]:
-        return [(k, m) for k, m in self.model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+        wrappers = ((k, m) for k, m in self.model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper))
+        return [(k, m) for k, m in wrappers if self.pool_name in m._adapters]
 
     def _saved_modules(self) -> dict[str, Tensor]:
         """Heads and other modules saved in full with the pool, by the names PEFT gives them in a file."""

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
@@ -18,6 +17,7 @@ from torch import Tensor
 from .errors import LoraFolderError
 from .files import config_text, write_atomically
 
+MAX_ALPHA = 1e9  # far beyond any in use; larger ones overflow float32 with the factors
 KEY = "base_model.model.{module}.{part}.weight"
 Factors = dict[str, tuple[Tensor, Tensor]]  # module name -> A [r, in], B [out, r]
 
@@ -31,7 +31,17 @@ VARIANTS: dict[str, Any] = {
     "target_parameters": None,
     "modules_to_save": None,
     "alora_invocation_tokens": None,
+    "use_qalora": False,
+    "use_bdlora": None,
+    "arrow_config": None,
+    "monteclora_config": None,
+    "kasa_config": None,
+    "corda_config": None,
+    "loftq_config": None,
+    "lora_ga_config": None,
 }
+# ways to start a LoRA that leave the base model as it is; others (PiSSA, OLoRA, ...) subtract their start from it
+PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass
@@ -49,12 +59,14 @@ def write_lora(
     """Write weights, then config, each by rename. ``extra`` are full tensors (heads) by their PEFT names.
 
     Raises:
-        LoraFolderError: ``folder`` is a file.
+        LoraFolderError: ``folder`` is a file, or holds a pool.
         OSError: it cannot be written.
     """
     target = Path(folder)
     if target.is_file():
         raise LoraFolderError(f"{target} is a file: give a folder for the LoRA adapter.")
+    if _holds_a_pool(target / CONFIG_NAME):
+        raise LoraFolderError(f"{target} holds a SAPT pool, which this would overwrite: give another folder.")
     target.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in (extra or {}).items()}
     for module, (a, b) in factors.items():
@@ -93,14 +105,25 @@ def read_lora(folder: str | os.PathLike) -> LoraFolder:
         raise LoraFolderError(f"{weights} holds {sorted(left)[:3]}, which a LoRA block has no place for.")
     if not factors:
         raise LoraFolderError(f"{weights} holds no LoRA weights.")
-    ranks = {rank for a, b in factors.values() for rank in (a.shape[0], b.shape[-1])}
-    finite = all(bool(torch.isfinite(f).all()) for pair in factors.values() for f in pair)
-    if len(ranks) > 1 or not finite:
-        problem = f"has blocks of ranks {sorted(ranks)}" if finite else "holds NaN or infinity"
-        raise LoraFolderError(f"{weights} {problem}; a task's block has one rank and finite weights.")
+    ranks = set()
+    for module, (a, b) in factors.items():
+        if a.dim() != 2 or b.dim() != 2 or not (a.is_floating_point() and b.is_floating_point()):
+            raise LoraFolderError(f"{weights} has factors at {module} that are no matrices of floating point numbers.")
+        if not all(bool(factor.float().isfinite().all()) for factor in (a, b)):
+            raise LoraFolderError(f"{weights} holds NaN or infinity at {module}, in float32.")
+        ranks |= {a.shape[0], b.shape[1]}
+    if len(ranks) > 1 or 0 in ranks:
+        raise LoraFolderError(f"{weights} has blocks of ranks {sorted(ranks)}; a task's block has one rank, above 0.")
     r = ranks.pop()
     alpha = config["lora_alpha"]
     return LoraFolder(factors, r, alpha / r**0.5 if config.get("use_rslora") else alpha / r)
+
+
+def _holds_a_pool(path: Path) -> bool:
+    try:
+        return '"peft_type": "SAPT"' in path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -108,15 +131,20 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise LoraFolderError(f"{path} is missing: give the folder of a saved LoRA adapter.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (RecursionError, ValueError) as error:  # not JSON, not UTF-8, nested without end, a number without end
         raise LoraFolderError(f"{path} is not JSON ({error}).") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         found = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise LoraFolderError(f"{path} describes {found!r}, not a LORA adapter.")
     alpha = config.get("lora_alpha")
-    if not isinstance(alpha, (int, float)) or not 0 < alpha < float("inf"):
-        raise LoraFolderError(f"{path} has lora_alpha {alpha!r}, expected a positive number.")
+    if not isinstance(alpha, (int, float)) or not 0 < alpha < MAX_ALPHA:
+        raise LoraFolderError(f"{path} has lora_alpha {str(alpha)[:40]}, expected a number between 0 and {MAX_ALPHA}.")
     used = [name for name, off in VARIANTS.items() if config.get(name) not in (off, None, [], {})]
+    if config.get("init_lora_weights") not in PLAIN_STARTS:
+        raise LoraFolderError(
+            f"{path} says init_lora_weights={config['init_lora_weights']!r}, which changes the base model too. "
+            "Convert it with PEFT: save_pretrained(folder, path_initial_model_for_weight_conversion=...)."
+        )
     used += [name for name in ("rank_pattern", "alpha_pattern") if config.get(name)]
     if used:
         raise LoraFolderError(

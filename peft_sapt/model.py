@@ -35,17 +35,6 @@ except ImportError:  # pragma: no cover
     init_empty_weights = None
 
 
-# arguments that generate() takes and no forward does
-GENERATION_ARGUMENTS = {
-    "generation_config",
-    "max_new_tokens",
-    "min_new_tokens",
-    "max_length",
-    "do_sample",
-    "num_beams",
-}
-
-
 class SaptModel(LoraExchange, BaseTuner):
     """A base model with one or more pools of LoRA blocks under a shared attention (SAPT, ACL 2024).
 
@@ -147,11 +136,9 @@ class SaptModel(LoraExchange, BaseTuner):
                 "adapter_names (one adapter per row) is not supported: tasks live inside one adapter, so pass "
                 "sapt_task=[name, ...] with one task per row instead."
             )
-        # PeftModel without a task type calls the base model's generate itself, within this context; its prompt is here
-        generating = bool(GENERATION_ARGUMENTS & {name for name, value in kwargs.items() if value is not None})
         router = self.prompt_router if hasattr(self.model, "shared_attention") else None
         adapter = None if router is None else router.active()
-        if not generating or router is None or adapter is None or router.routing.session is not None:
+        if router is None or adapter is None or not self._may_generate_here(adapter, router):
             yield
             return
         router.routing.session = self._generation_weights(router, adapter, args, kwargs)
@@ -159,6 +146,16 @@ class SaptModel(LoraExchange, BaseTuner):
             yield
         finally:
             router.routing.session = None
+
+    def _may_generate_here(self, adapter: str, router: PromptRouter) -> bool:
+        """PeftModel without a generating task type calls the base model's ``generate`` itself, within PEFT's context.
+
+        The same context surrounds its ``forward``. In eval mode both may use weights computed here, as they are those
+        that the forward would compute from the same prompt.
+        """
+        generates = hasattr(self.model, "generate") and not self.model.training
+        typed = self.peft_config[adapter].task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+        return generates and not typed and router.routing.session is None
 
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:

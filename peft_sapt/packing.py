@@ -45,6 +45,34 @@ def _starts(inputs: dict[str, Any], shape: torch.Size) -> Tensor | None:
     return torch.nn.functional.pad(restarts, (1, 0))
 
 
+def without_tail(mask: Tensor, segments: Tensor, labelled: bool) -> Tensor:
+    """``mask`` without the pads at the end of packed rows, which restart ``position_ids`` one by one.
+
+    Where padding is no token of its own, nothing else marks it. A last sample of one token cannot be supervised, so
+    with labels it is padding too; without labels only a run of two or more is.
+    """
+    flat = segments.flatten()
+    single = (torch.bincount(flat)[flat] == 1).view_as(mask)  # [B, S]
+    tail = single.flip(1).long().cumprod(dim=1).flip(1).bool()
+    long_enough = tail.sum(dim=1, keepdim=True) >= (1 if labelled else 2)
+    return mask & ~(tail & long_enough)
+
+
+def require_prompts(mask: Tensor, labels: Tensor, segments: Tensor) -> None:
+    """Raises [`PromptError`] if a packed sample has supervised labels but no token in ``mask``."""
+    flat, count = segments.flatten(), int(segments.max()) + 1
+    tokens = torch.zeros(count, dtype=torch.long, device=flat.device)
+    answers = torch.zeros_like(tokens)
+    tokens.index_add_(0, flat, mask.flatten().long())
+    answers.index_add_(0, flat, (labels != IGNORED_LABEL).flatten().long())
+    empty = ((tokens == 0) & (answers > 0)).nonzero().flatten().tolist()
+    if empty:
+        raise PromptError(
+            f"Packed samples {empty[:10]} (counted through the batch) have labels but no prompt token. Mark their "
+            "prompts in sapt_prompt_mask, or drop them from the training data."
+        )
+
+
 def before_labels_in_segments(mask: Tensor, labels: Tensor, segments: Tensor) -> Tensor:
     """``mask`` [B, S] cut before the first supervised label of each segment.
 

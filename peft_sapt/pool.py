@@ -12,11 +12,24 @@ from collections.abc import MutableMapping
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .config import SaptConfig
 
 Linears = MutableMapping[str, nn.Linear]  # what an nn.ModuleDict of them is to a reader
+
+
+def seal_heads(model: nn.Module, adapter: str, sealed: bool, trains: bool) -> None:
+    """Freeze the heads (modules_to_save) that belong to ``adapter``, or open them if it ``trains`` now.
+
+    PEFT un-freezes them with every switch, so this is called again before each training forward.
+    """
+    for module in model.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper) and adapter in module._adapters:
+            for name, parameter in module.named_parameters():
+                if f".{adapter}." in f".{name}." and (sealed or trains):
+                    parameter.requires_grad_(not sealed)
 
 
 def linear_from(weight: Tensor, trainable: bool = False) -> nn.Linear:

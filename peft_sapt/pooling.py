@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .attention import max_pool, whole
 from .config import SaptConfig
 from .errors import PromptError
-from .packing import before_labels_in_segments, max_pool_segments, segments_of
+from .packing import before_labels_in_segments, max_pool_segments, require_prompts, segments_of, without_tail
 from .prompt_mask import before_labels, check_rows, inferred_mask
 
 
@@ -43,8 +43,15 @@ def read_prompts(module: nn.Module, config: SaptConfig, inputs: dict[str, Any], 
         mask = _prompt_mask(module, config, inputs, shape, segments, training)
     elif tuple(mask.shape) != tuple(shape):
         raise PromptError(f"sapt_prompt_mask has shape {list(mask.shape)}, the input is {list(shape)}.")
-    mask = mask.bool()
+    mask, labels = mask.bool(), inputs.get("labels")
     check_rows(mask, training)
+    if segments is not None:
+        if config.pool_padding:
+            raise PromptError("pool_padding=True reproduces a release without packed rows: switch one of them off.")
+        if inputs.get("attention_mask") is None:
+            mask = without_tail(mask, segments, labels is not None)
+        if training and labels is not None and labels.shape == mask.shape:
+            require_prompts(mask, labels, segments)
     if embeddings is None:
         with torch.no_grad():  # hooks such as enable_input_require_grads must not pull the attention into their graph
             embeddings = look_up(module.get_input_embeddings(), ids)  # type: ignore[operator, arg-type]

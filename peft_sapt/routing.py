@@ -19,6 +19,7 @@ from .attention import SharedAttention
 from .checkpointing import gate_checkpoints, ungate_checkpoints
 from .errors import PromptError, SaptError, TaskError, WeightsError
 from .ops import rank_gates
+from .pool import seal_heads
 from .pooling import is_encoder_decoder, read_prompts
 from .weights import check_weights, one_hot, spread
 
@@ -96,6 +97,9 @@ class PromptRouter:
         self.routing.owner = module
         if module.training and torch.is_grad_enabled():
             gate_checkpoints(module, self.routing)
+            config = self.attention.configs[adapter]
+            if self.attention.committed(adapter)[-1] or len(config.tasks or []) > 1:
+                seal_heads(module, adapter, sealed=True, trains=False)
         return args, kwargs
 
     def use(self, adapter: str, weights: Tensor) -> None:

@@ -13,7 +13,7 @@ from .attention import SharedAttention, new_key
 from .config import SaptConfig, check_task_name
 from .errors import PromptError, TaskError, WeightsError
 from .layer import SaptLayer
-from .pool import PoolModule, linear_from
+from .pool import PoolModule, linear_from, seal_heads
 from .pooling import read_prompts
 from .routing import PromptRouter
 
@@ -32,6 +32,10 @@ def seal_from_targets(model: nn.Module) -> None:
         for module in model.modules():
             if isinstance(module, PoolModule) and module.holds(adapter):
                 module.seal(adapter, sealed)
+        config = attention.configs[adapter]
+        # a head that several tasks share is never trained, as each would overwrite it for the others
+        shut = sealed or len(config.tasks or []) > 1
+        seal_heads(model, adapter, shut, adapter in attention.active_adapters and not config.inference_mode)
 
 
 class TaskPool:
@@ -185,6 +189,7 @@ class TaskPool:
             TaskError: the current task is committed already (``reopen_task()`` allows training it again).
         """
         adapter, attention = self.pool_name, self.attention
+        self.refuse_sharded("commit_task")
         if attention.committed(adapter)[-1]:
             raise TaskError(
                 f"Task {self.current_task!r} is committed already: add_task(...) for new data, or reopen_task() to "
@@ -216,6 +221,7 @@ class TaskPool:
     def reopen_task(self) -> None:
         """Undo the commit of the current task, so that it can be trained further; its target and replay rows go."""
         adapter, attention = self.pool_name, self.attention
+        self.refuse_sharded("reopen_task")
         attention.targets(adapter)[-1] = 0.0
         attention.set_replay(adapter, [*attention.replay(adapter)[:-1], attention.replay(adapter)[-1][:0]])
         self.pool_config.inference_mode = False
@@ -260,7 +266,10 @@ class TaskPool:
         for batch in batches:
             if not isinstance(batch, Tensor):
                 inputs = {k: v.to(self.attention.weight.device) for k, v in batch.items() if isinstance(v, Tensor)}
-                batch = read_prompts(self.model, self.pool_config, inputs, training=False).pooled
+                prompts = read_prompts(self.model, self.pool_config, inputs, training=False)
+                batch = prompts.pooled
+                if prompts.segments is not None:
+                    batch = batch[~batch[:, 0].isnan()]  # packed rows may end in padding
             if batch.dim() != 2 or batch.shape[1] != self.pool_config.token_dim:
                 raise WeightsError(
                     f"Pooled prompts have shape {list(batch.shape)}, not [N, {self.pool_config.token_dim}]."
@@ -305,5 +314,6 @@ class TaskPool:
     def refuse_sharded(self, what: str) -> None:
         if any(type(p).__name__ in ("DTensor", "FlatParameter") for p in self.model.parameters()):
             raise TaskError(
-                f"{what} replaces parameters and the model is sharded: call it before FSDP wraps the model."
+                f"{what} needs whole parameters and the model is sharded: call it before FSDP wraps the model, or "
+                "save the pool and load it in one process."
             )

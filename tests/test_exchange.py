@@ -192,3 +192,54 @@ def test_damaged_folders_are_refused(tmp_path) -> None:
     refused(tmp_path, "never from a pickle")
     config.unlink()
     refused(tmp_path, "is missing")
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_loras_that_changed_the_base_model_are_refused(start, tmp_path) -> None:
+    plain_lora("llama", tmp_path, init_lora_weights=start)
+    refused(tmp_path, "path_initial_model_for_weight_conversion")
+
+
+def test_factors_that_are_no_finite_matrices_are_refused(tmp_path) -> None:
+    plain_lora("llama", tmp_path)
+    weights, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    state, text = load_file(weights), config.read_text()
+    first = next(key for key in state if "lora_A" in key)
+    second = first.replace("lora_A", "lora_B")
+    for a, b, message in [
+        (torch.zeros(5, 64, 2), state[second], "no matrices"),
+        (torch.zeros(64), state[second], "no matrices"),
+        (torch.zeros(()), state[second], "no matrices"),
+        (torch.zeros(5, 64, dtype=torch.int32), state[second], "no matrices"),
+        (torch.full((5, 64), 1e300, dtype=torch.float64), state[second], "infinity"),
+        (torch.zeros(0, 64), torch.zeros(64, 0), "above 0"),
+    ]:
+        save_file({**state, first: a, second: b}, weights)
+        refused(tmp_path, message)
+    save_file(state, weights)
+    for broken in (text.replace('"lora_alpha": 7', '"lora_alpha": ' + "1" + "0" * 400), "[" * 100_000):
+        config.write_text(broken)
+        refused(tmp_path, "lora_alpha|not JSON")
+
+
+def test_an_export_never_overwrites_a_pool(tmp_path) -> None:
+    pool = build_pool("llama", TASKS)
+    pool.save_pretrained(tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    for call in (lambda: pool.export_task("a", tmp_path), lambda: pool.export_mixture([1, 1, 1], tmp_path)):
+        with pytest.raises(LoraFolderError, match="holds a SAPT pool"):
+            call()
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_export_takes_one_row_of_weights_and_the_heads_of_its_own_pool(tmp_path) -> None:
+    pool = build_pool("llama", TASKS)
+    weights = pool.attention_weights(**padded(ROWS))
+    with pytest.raises(WeightsError, match="single row"):
+        pool.export_mixture(weights, tmp_path)
+    pool.export_mixture(weights[:1], tmp_path)
+    pool.add_adapter("other", SaptConfig(task_type="CAUSAL_LM", modules_to_save=["lm_head"]))
+    pool.export_task("a", tmp_path)
+    expected = logits(pool, sapt_task="a")
+    pool.delete_adapter("other")
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(bare(pool), tmp_path)), expected, atol=1e-5, rtol=1e-5)

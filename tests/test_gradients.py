@@ -267,3 +267,52 @@ def test_loss_scaling_does_not_shrink_arms_term(tmp_path, scaled) -> None:
     assert float(penalty.detach()) > 0.1
     (twin.train()(**collate(rows)).loss + penalty).backward()
     assert_same(found, gradients(twin))
+
+
+def test_pads_that_are_end_tokens_are_no_samples() -> None:
+    """Without a pad token of its own, only the restarting positions tell the padding of a packed row."""
+    model = build_pool("llama", ["a", "b", "c"]).train()
+    model.config.pad_token_id = model.config.eos_token_id
+    batch = packed(ROWS, "position_ids")
+    wide = {
+        "input_ids": F.pad(batch["input_ids"], (0, 3), value=2),
+        "labels": F.pad(batch["labels"], (0, 3), value=-100),
+        "position_ids": F.pad(batch["position_ids"], (0, 3)),
+    }
+    model(**wide)
+    assert sum(len(rows) for rows in model.base_model._routing.seen["default"]) == len(ROWS)
+    arm = ArmCallback(tokenizer(), replay="rows")
+    arm.take_batches(model.base_model, [wide])
+    assert arm.prompts == [row[:PROMPT] for row in ROWS] and arm.rows == len(ROWS)
+    model.commit_task([wide])
+
+
+def test_a_packed_sample_without_a_marked_prompt_is_refused() -> None:
+    model = build_pool("llama", ["a", "b", "c"]).train()
+    batch = packed(ROWS, "position_ids")
+    mask = batch["position_ids"] < PROMPT
+    mask[:, : len(ROWS[0])] = False
+    with pytest.raises(PromptError, match=r"Packed samples \[0\]"):
+        model(**batch, sapt_prompt_mask=mask)
+
+
+def test_prompt_masks_for_encoder_decoders_and_classes() -> None:
+    rows = [{"input_ids": [5, 6, 7], "labels": [8, 2]}, {"input_ids": [5, 6], "labels": [9, 2]}]
+
+    def labels_of(picked):
+        return {**padded([r["input_ids"] for r in picked]), "labels": torch.tensor([r["labels"] for r in picked])}
+
+    batch = PromptMaskCollator(labels_of)(rows)
+    assert torch.equal(batch["sapt_prompt_mask"], batch["attention_mask"].bool())
+    same = [{"input_ids": [5, 6], "labels": [8, 2]}] * 2
+    assert PromptMaskCollator(labels_of, encoder_decoder=True)(same)["sapt_prompt_mask"].all()
+
+
+def test_a_mask_of_another_length_is_refused() -> None:
+    rows = [{"input_ids": [5, 6, 7], "sapt_prompt_mask": [1, 0]}]
+    with pytest.raises(PromptError, match="3 tokens and a prompt mask of 2"):
+        PromptMaskCollator(lambda picked: {"input_ids": torch.tensor([r["input_ids"] for r in picked])})(rows)
+    with pytest.raises(PromptError, match="Only 1 of 2"):
+        PromptMaskCollator(lambda picked: {"input_ids": torch.tensor([[5, 6, 7]] * 2)})([*rows, {"input_ids": [1]}])
+    with pytest.raises(PromptError, match="neither labels"):
+        PromptMaskCollator(lambda picked: {"input_ids": torch.tensor([[5, 6, 7]])})([{"input_ids": [5, 6, 7]}])

@@ -280,3 +280,73 @@ def test_a_plain_module_with_weights_of_the_caller() -> None:
         torch.testing.assert_close(model(x, sapt_weights=torch.zeros(4, 3)), base)
     with pytest.raises(SaptError, match="prompt"):
         model(x)
+
+
+def test_generating_in_train_mode_is_no_training() -> None:
+    model = build_pool("llama", ["a", "b"]).train()
+    settings = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    found = model.generate(**padded(ROWS), **settings)
+    model.generate(**padded(ROWS), sapt_task="a", **settings)
+    assert "default" not in model.base_model._routing.seen
+    assert torch.equal(found, model.eval().generate(**padded(ROWS), **settings))
+
+
+def test_untyped_generation_holds_the_weights_whatever_its_arguments() -> None:
+    base = build_pool("llama", TASKS).unload()
+    model = get_peft_model(base, SaptConfig(tasks=TASKS, init_weights=False, temperature=0.3)).eval()
+    base.generation_config.max_new_tokens = 4
+    held, seen = model.attention_weights(**padded(ROWS)), []
+    layer = next(m for m in model.modules() if hasattr(m, "sapt_A"))
+    layer.register_forward_pre_hook(lambda m, args: seen.append(m.routing.weights.clone()))
+    model.generate(**padded(ROWS), use_cache=False, num_return_sequences=1)
+    assert len(seen) > 1 and all(torch.allclose(weights, held, atol=1e-6) for weights in seen)
+    out = model(**padded(ROWS))  # a forward in eval mode still has its gradient
+    out.logits.sum().backward()
+    assert model.base_model.attention.sapt_key["default"].weight.grad.any()
+
+
+@pytest.mark.parametrize("switch", ["nothing", "disable", "set"])
+def test_the_head_of_a_committed_task_never_moves(switch) -> None:
+    from test_matrix import out
+    from zoo import loss_of
+
+    model = pool_of("BERT, sequence", tasks=["a"], task_ranks=[2])
+    heads = {n: p for n, p in model.named_parameters() if "modules_to_save" in n}
+    assert heads and all(p.requires_grad for p in heads.values())
+    model.commit_task()
+    expected = out("BERT, sequence", model, sapt_task="a")
+    if switch == "disable":
+        with model.disable_adapter():
+            pass
+    elif switch == "set":
+        model.set_adapter("default")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    loss = loss_of("BERT, sequence", model.train())
+    if loss.requires_grad:
+        loss.backward()
+    optimizer.step()
+    assert torch.equal(out("BERT, sequence", model.eval(), sapt_task="a"), expected)
+    model.reopen_task()
+    assert all(p.requires_grad for p in heads.values())
+
+
+def test_a_head_that_tasks_share_is_not_trained() -> None:
+    from zoo import loss_of
+
+    model = pool_of("BERT, sequence")
+    loss_of("BERT, sequence", model.train()).backward()
+    moved = [n for n, p in model.named_parameters() if p.grad is not None]
+    assert moved and not [n for n in moved if "modules_to_save" in n]
+
+
+def test_rows_seen_leave_with_their_pool() -> None:
+    model = build_pool("llama", TASKS)
+    model.add_adapter("other", SaptConfig(task_type="CAUSAL_LM"))
+    model.set_adapter("other")
+    labels = padded(ROWS)["input_ids"].clone()
+    labels[:, :-1] = -100
+    model.train()(**padded(ROWS), labels=labels)
+    assert model.base_model._routing.seen["other"]
+    model.set_adapter("default")
+    model.delete_adapter("other")
+    assert "other" not in model.base_model._routing.seen

@@ -271,7 +271,8 @@ class ArmCallback(TrainerCallback):
             picked = [i * len(dataset) // count for i in range(count)]
             subset = torch.utils.data.Subset(dataset, picked)
             self.take_batches(pool, DataLoader(subset, batch_size=32, shuffle=False, collate_fn=collate))
-            self.rows = len(dataset)
+            # packed rows hold several samples each, all of which are counted in pooled
+            self.rows = round(len(self.pooled) * len(dataset) / count)  # type: ignore[arg-type]
 
     def take_batches(self, pool: SaptModel, batches: Iterable[Mapping[str, Tensor]]) -> None:
         pooled, self.prompts = [], []
