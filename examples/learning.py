@@ -235,7 +235,10 @@ def learn_sapt(bench: Bench) -> tuple[PeftModel, ArmCallback, dict[str, Any]]:
         bench.tokenizer,
         align_steps=budget.align_steps,
         generator=GeneratorSettings(
-            epochs=budget.generator_epochs, batch_size=budget.generator_batch, learning_rate=budget.generator_lr
+            epochs=budget.generator_epochs,
+            batch_size=budget.generator_batch,
+            learning_rate=budget.generator_lr,
+            draw_batch_size=64,
         ),
     )
     matrix, gates = [], {}

@@ -79,7 +79,7 @@ def _tickets(rng: random.Random) -> tuple[str, str]:
 TASKS = {"reviews": _reviews, "headlines": _headlines, "field_notes": _field_notes, "tickets": _tickets}
 
 
-def make_stream(seed: int, train: int = 56, validation: int = 32, test: int = 30) -> dict[str, dict[str, list[Row]]]:
+def make_stream(seed: int, train: int = 64, validation: int = 32, test: int = 20) -> dict[str, dict[str, list[Row]]]:
     """The four tasks as {task: {split: rows}}; no sentence occurs in two splits."""
     stream: dict[str, dict[str, list[Row]]] = {}
     for number, (name, make) in enumerate(TASKS.items()):
