@@ -44,6 +44,7 @@ class Budget:
     generator_epochs: float = 1.5
     generator_batch: int = 8
     generator_lr: float = 5e-3
+    draw_batch: int = 64
     align_steps: int = 400
     seed: int = 0
 
@@ -238,7 +239,7 @@ def learn_sapt(bench: Bench) -> tuple[PeftModel, ArmCallback, dict[str, Any]]:
             epochs=budget.generator_epochs,
             batch_size=budget.generator_batch,
             learning_rate=budget.generator_lr,
-            draw_batch_size=64,
+            draw_batch_size=budget.draw_batch,
         ),
     )
     matrix, gates = [], {}
