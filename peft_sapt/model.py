@@ -138,7 +138,7 @@ class SaptModel(LoraExchange, BaseTuner):
             )
         router = self.prompt_router if hasattr(self.model, "shared_attention") else None
         adapter = None if router is None else router.active()
-        if router is None or adapter is None or not self._may_generate_here(adapter, router):
+        if router is None or adapter is None or not self._may_generate_here(adapter, router, kwargs):
             yield
             return
         router.routing.session = self._generation_weights(router, adapter, args, kwargs)
@@ -147,12 +147,14 @@ class SaptModel(LoraExchange, BaseTuner):
         finally:
             router.routing.session = None
 
-    def _may_generate_here(self, adapter: str, router: PromptRouter) -> bool:
+    def _may_generate_here(self, adapter: str, router: PromptRouter, kwargs: dict[str, Any]) -> bool:
         """PeftModel without a generating task type calls the base model's ``generate`` itself, within PEFT's context.
 
         The same context surrounds its ``forward``. In eval mode both may use weights computed here, as they are those
-        that the forward would compute from the same prompt.
+        that the forward would compute from the same prompt; unless labels end the prompt, or a cache holds it.
         """
+        if kwargs.get("labels") is not None or kwargs.get("past_key_values") is not None:
+            return False
         generates = hasattr(self.model, "generate") and not self.model.training
         typed = self.peft_config[adapter].task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
         return generates and not typed and router.routing.session is None

@@ -300,6 +300,13 @@ def test_untyped_generation_holds_the_weights_whatever_its_arguments() -> None:
     layer.register_forward_pre_hook(lambda m, args: seen.append(m.routing.weights.clone()))
     model.generate(**padded(ROWS), use_cache=False, num_return_sequences=1)
     assert len(seen) > 1 and all(torch.allclose(weights, held, atol=1e-6) for weights in seen)
+    labels = torch.full_like(padded(ROWS)["input_ids"], -100)
+    labels[:, -1] = 5
+    seen.clear()
+    model(**padded(ROWS), labels=labels)  # the answer must not enter the query of an evaluation
+    prompts = model.attention_weights(**padded(ROWS), labels=labels)
+    assert not torch.allclose(prompts, held, atol=1e-3)
+    torch.testing.assert_close(seen[0], prompts, atol=1e-6, rtol=0)
     out = model(**padded(ROWS))  # a forward in eval mode still has its gradient
     out.logits.sum().backward()
     assert model.base_model.attention.sapt_key["default"].weight.grad.any()
