@@ -138,6 +138,11 @@ class SharedAttention(nn.Module, PoolModule):
         """For each task, oldest first, whether it has been committed."""
         return (self.targets(adapter).sum(dim=1) > 0).tolist()
 
+    def head_is_shut(self, adapter: str) -> bool:
+        """Whether the pool's head (modules_to_save) must not train: its task is committed, or several share it."""
+        config = self.configs[adapter]
+        return bool(config.modules_to_save) and (len(config.tasks or []) > 1 or self.committed(adapter)[-1])
+
     def replay(self, adapter: str) -> list[Tensor]:
         """Pooled replay embeddings of each task, oldest first, each [n_t, d]; n_t may be 0."""
         counts = self.configs[adapter].replay_rows or []

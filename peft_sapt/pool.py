@@ -32,6 +32,14 @@ def seal_heads(model: nn.Module, adapter: str, sealed: bool, trains: bool) -> No
                     parameter.requires_grad_(not sealed)
 
 
+def sharding_of(model: nn.Module) -> str | None:
+    """ "FSDP1" or "FSDP2" if parameters of ``model`` are sharded, else None."""
+    kinds = {type(p).__name__ for p in model.parameters()}
+    if "DTensor" in kinds:
+        return "FSDP2"
+    return "FSDP1" if "FlatParameter" in kinds else None
+
+
 def linear_from(weight: Tensor, trainable: bool = False) -> nn.Linear:
     """An nn.Linear without bias around ``weight`` [out, in]; sharding libraries gather modules, not bare tensors."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")

@@ -97,8 +97,7 @@ class PromptRouter:
         self.routing.owner = module
         if module.training and torch.is_grad_enabled():
             gate_checkpoints(module, self.routing)
-            config = self.attention.configs[adapter]
-            if self.attention.committed(adapter)[-1] or len(config.tasks or []) > 1:
+            if self.attention.head_is_shut(adapter):
                 seal_heads(module, adapter, sealed=True, trains=False)
         return args, kwargs
 

@@ -13,7 +13,7 @@ from .attention import SharedAttention, new_key
 from .config import SaptConfig, check_task_name
 from .errors import PromptError, TaskError, WeightsError
 from .layer import SaptLayer
-from .pool import PoolModule, linear_from, seal_heads
+from .pool import PoolModule, linear_from, seal_heads, sharding_of
 from .pooling import read_prompts
 from .routing import PromptRouter
 
@@ -33,9 +33,8 @@ def seal_from_targets(model: nn.Module) -> None:
             if isinstance(module, PoolModule) and module.holds(adapter):
                 module.seal(adapter, sealed)
         config = attention.configs[adapter]
-        # a head that several tasks share is never trained, as each would overwrite it for the others
-        shut = sealed or len(config.tasks or []) > 1
-        seal_heads(model, adapter, shut, adapter in attention.active_adapters and not config.inference_mode)
+        trains = adapter in attention.active_adapters and not config.inference_mode
+        seal_heads(model, adapter, attention.head_is_shut(adapter), trains)
 
 
 class TaskPool:
@@ -312,7 +311,7 @@ class TaskPool:
                 module.set_adapter(self.active_adapters, inference_mode=bool(self.pool_config.inference_mode))
 
     def refuse_sharded(self, what: str) -> None:
-        if any(type(p).__name__ in ("DTensor", "FlatParameter") for p in self.model.parameters()):
+        if sharding_of(self.model) is not None:
             raise TaskError(
                 f"{what} needs whole parameters and the model is sharded: call it before FSDP wraps the model, or "
                 "save the pool and load it in one process."

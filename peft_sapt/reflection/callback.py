@@ -17,11 +17,12 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 from ..errors import ReflectionError, TaskError
 from ..files import write_atomically
 from ..model import SaptModel
+from ..pool import sharding_of
 from ..pooling import prompt_tokens, read_prompts
 from .checks import can_generate, check_arguments, check_task_of_rows, isolated_rng, pool_of
 from .generator import GeneratorSettings
 from .objective import align_attention, attention_loss
-from .processes import agree, sharding_of
+from .processes import agree
 from .pseudo import MIN_PSEUDO_SAMPLES, wanted_count
 from .replay import draw_pseudo_samples
 

@@ -5,15 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch.distributed as dist
-from torch import Tensor, nn
-
-
-def sharding_of(model: nn.Module) -> str | None:
-    """ "FSDP1" or "FSDP2" if parameters of ``model`` are sharded, else None."""
-    kinds = {type(p).__name__ for p in model.parameters()}
-    if "DTensor" in kinds:
-        return "FSDP2"
-    return "FSDP1" if "FlatParameter" in kinds else None
+from torch import Tensor
 
 
 def agree(tensors: Iterable[Tensor]) -> None:
