@@ -11,7 +11,6 @@ import random
 Row = dict[str, object]
 
 PEOPLE = ["Ada", "Bruno", "Chen", "Dalia", "Emeka", "Freya", "Goran", "Hana", "Iker", "Jun", "Kofi", "Lena"]
-PLACES = ["harbour", "station", "museum", "old town", "market hall", "riverside", "campus", "north gate"]
 DISHES = ["noodle soup", "lentil stew", "apple tart", "grilled trout", "pumpkin risotto", "rye bread", "cold brew"]
 OPINIONS = {
     "praise": ["wonderful", "delicious", "a delight", "perfectly cooked", "worth every cent", "superb"],
@@ -53,27 +52,24 @@ PLEAS = ["Please help.", "Can you look into it?", "What should I do?", "I need t
 
 def _reviews(rng: random.Random) -> tuple[str, str]:
     label = rng.choice(sorted(OPINIONS))
-    text = f"The {rng.choice(DISHES)} at {rng.choice(PEOPLE)}'s place by the {rng.choice(PLACES)} was "
-    return text + f"{rng.choice(OPINIONS[label])}.", label
+    return f"The {rng.choice(DISHES)} at {rng.choice(PEOPLE)}'s place was {rng.choice(OPINIONS[label])}.", label
 
 
 def _headlines(rng: random.Random) -> tuple[str, str]:
     label = rng.choice(sorted(TOPICS))
     day = rng.choice(["Monday", "Tuesday", "Wednesday", "Thursday", "Friday"])
-    text = f"{day} news: {rng.choice(TOPICS[label])}, says reporter {rng.choice(PEOPLE)} {rng.choice('BDFKLMRSTW')}."
-    return text, label
+    return f"{day} news: {rng.choice(TOPICS[label])}, says {rng.choice(PEOPLE)}.", label
 
 
 def _field_notes(rng: random.Random) -> tuple[str, str]:
     label = rng.choice(sorted(CREATURES))
-    text = f"Field note {rng.randint(100, 999)}: {rng.choice(PEOPLE)} counted {rng.randint(2, 40)} specimens of "
+    text = f"Field note: {rng.choice(PEOPLE)} counted {rng.randint(2, 40)} specimens of "
     return text + f"{rng.choice(CREATURES[label])} {rng.choice(SIGHTINGS)}.", label
 
 
 def _tickets(rng: random.Random) -> tuple[str, str]:
     label = rng.choice(sorted(REQUESTS))
-    text = f"Ticket {rng.randint(1000, 9999)}. Hello, {rng.choice(REQUESTS[label])} for order "
-    return text + f"{rng.choice('ABCDEF')}{rng.randint(10, 99)}. {rng.choice(PLEAS)} {rng.choice(PEOPLE)}", label
+    return f"Ticket {rng.randint(10, 99)}: {rng.choice(REQUESTS[label])}. {rng.choice(PLEAS)}", label
 
 
 TASKS = {"reviews": _reviews, "headlines": _headlines, "field_notes": _field_notes, "tickets": _tickets}

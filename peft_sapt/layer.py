@@ -9,6 +9,7 @@ import torch
 from peft.tuners.tuners_utils import _get_in_out_features
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from .config import SaptConfig
 from .errors import WeightsError
@@ -149,3 +150,10 @@ class Linear(nn.Module, SaptLayer):
 
     def __repr__(self) -> str:
         return "sapt." + super().__repr__()
+
+
+def takes_as_linear(module: nn.Module) -> bool:
+    if isinstance(module, (nn.Linear, Conv1D)):
+        return True
+    backend = resolve_quantization_backend(module, get_apply_tensor_subclass=lambda: None)
+    return backend is not None and backend.layer_type == "linear"

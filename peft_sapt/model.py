@@ -9,19 +9,14 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import (
-    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-    AuxiliaryTrainingWrapper,
-    resolve_quantization_backend,
-)
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from .attention import SharedAttention
 from .config import SaptConfig
 from .errors import PoolFormatError, SaptError
 from .exchange import LoraExchange
-from .layer import Linear, SaptLayer
+from .layer import Linear, SaptLayer, takes_as_linear
 from .pool import PoolModule
 from .pool_io import MANIFEST, build_manifest, check_loaded, read_manifest
 from .prompt_mask import inferred_mask
@@ -136,18 +131,27 @@ class SaptModel(LoraExchange, BaseTuner):
                 "adapter_names (one adapter per row) is not supported: tasks live inside one adapter, so pass "
                 "sapt_task=[name, ...] with one task per row instead."
             )
-        router = self.prompt_router if hasattr(self.model, "shared_attention") else None
-        adapter = None if router is None else router.active()
-        if router is None or adapter is None or not self._may_generate_here(adapter, router, kwargs):
+        adapter = self._routing_adapter()
+        if adapter is None or not self._may_generate_here(adapter, kwargs):
             yield
             return
-        router.routing.session = self._generation_weights(router, adapter, args, kwargs)
+        with self._held(self._generation_weights(adapter, args, kwargs)):
+            yield
+
+    def _routing_adapter(self) -> str | None:
+        """The adapter that routes now; None also while PEFT has not finished building the model."""
+        return self.prompt_router.active() if hasattr(self.model, "shared_attention") else None
+
+    @contextmanager
+    def _held(self, weights: Tensor | None) -> Iterator[None]:
+        """Let every forward inside use ``weights``."""
+        previous, self._routing.session = self._routing.session, weights
         try:
             yield
         finally:
-            router.routing.session = None
+            self._routing.session = previous
 
-    def _may_generate_here(self, adapter: str, router: PromptRouter, kwargs: dict[str, Any]) -> bool:
+    def _may_generate_here(self, adapter: str, kwargs: dict[str, Any]) -> bool:
         """PeftModel without a generating task type calls the base model's ``generate`` itself, within PEFT's context.
 
         The same context surrounds its ``forward``. In eval mode both may use weights computed here, as they are those
@@ -157,7 +161,7 @@ class SaptModel(LoraExchange, BaseTuner):
             return False
         generates = hasattr(self.model, "generate") and not self.model.training
         typed = self.peft_config[adapter].task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
-        return generates and not typed and router.routing.session is None
+        return generates and not typed and self._routing.session is None
 
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -167,21 +171,14 @@ class SaptModel(LoraExchange, BaseTuner):
         mixture. Takes ``sapt_task``, ``sapt_weights`` and ``sapt_prompt_mask`` like ``forward``.
         """
         given = {name: kwargs.pop(name) for name in SAPT_ARGUMENTS if name in kwargs}
-        router = self.prompt_router if hasattr(self.model, "shared_attention") else None
-        adapter = None if router is None else router.active()
-        if router is None or adapter is None:
+        adapter = self._routing_adapter()
+        if adapter is None:
             return self.model.generate(*args, **kwargs)  # type: ignore[operator]
-        router.routing.clear()
-        weights = self._generation_weights(router, adapter, args, {**kwargs, **given})
-        previous, router.routing.session = router.routing.session, weights
-        try:
+        self._routing.clear()
+        with self._held(self._generation_weights(adapter, args, {**kwargs, **given})):
             return self.model.generate(*args, **kwargs)  # type: ignore[operator]
-        finally:
-            router.routing.session = previous
 
-    def _generation_weights(
-        self, router: PromptRouter, adapter: str, args: tuple, kwargs: dict[str, Any]
-    ) -> Tensor | None:
+    def _generation_weights(self, adapter: str, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
         inputs = dict(kwargs)
         prompt = args[0] if args else inputs.pop("inputs", None)
         if prompt is not None:
@@ -196,7 +193,7 @@ class SaptModel(LoraExchange, BaseTuner):
         if not any(isinstance(inputs.get(n), Tensor) for n in ("input_ids", "inputs_embeds")):
             if inputs.get("encoder_outputs") is None:
                 return None  # generation from the start token alone: its forward is the prompt
-        weights = router.weights_for(self.model, adapter, inputs)
+        weights = self.prompt_router.weights_for(self.model, adapter, inputs)
         return spread(weights, batch_of(inputs), "generate")
 
     def _generation_tokens(self, kwargs: dict[str, Any]) -> tuple[int | None, int | list[int] | None]:
@@ -265,13 +262,6 @@ class SaptModel(LoraExchange, BaseTuner):
         check_loaded(values, config, own)
         rest = {key: tensor for key, tensor in state_dict.items() if key != manifest}
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, rest)
-
-
-def takes_as_linear(module: nn.Module) -> bool:
-    if isinstance(module, (nn.Linear, Conv1D)):
-        return True
-    backend = resolve_quantization_backend(module, get_apply_tensor_subclass=lambda: None)
-    return backend is not None and backend.layer_type == "linear"
 
 
 def seal_after_load(model: nn.Module, incompatible: Any) -> None:

@@ -1,9 +1,8 @@
-"""The life cycle of tasks in a pool: list, add, commit, reopen, remove; and reading the attention."""
+"""The life cycle of tasks in a pool: list, add, commit, reopen, remove."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -11,11 +10,10 @@ from torch import Tensor, nn
 
 from .attention import SharedAttention, new_key
 from .config import SaptConfig, check_task_name
-from .errors import PromptError, TaskError, WeightsError
+from .errors import PromptError, TaskError
 from .layer import SaptLayer
 from .pool import PoolModule, linear_from, seal_heads, sharding_of
-from .pooling import read_prompts
-from .routing import PromptRouter
+from .reading import PromptReader
 
 HEAD_TASK_TYPES = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
@@ -37,34 +35,8 @@ def seal_from_targets(model: nn.Module) -> None:
         seal_heads(model, adapter, attention.head_is_shut(adapter), trains)
 
 
-class TaskPool:
+class TaskPool(PromptReader):
     """Task methods of [`SaptModel`]; they act on the active adapter."""
-
-    model: nn.Module
-    peft_config: dict[str, Any]
-    active_adapters: list[str]
-
-    @property
-    def attention(self) -> SharedAttention:
-        """The module that holds query projection, keys, targets and replay rows."""
-        return self.model.shared_attention  # type: ignore[return-value]
-
-    @property
-    def prompt_router(self) -> PromptRouter:
-        return self.attention.router
-
-    @property
-    def pool_name(self) -> str:
-        """Name of the active adapter."""
-        if len(self.active_adapters) != 1:
-            raise TaskError(
-                f"{len(self.active_adapters)} adapters are active: choose one pool with set_adapter(name)."
-            )
-        return self.active_adapters[0]
-
-    @property
-    def pool_config(self) -> SaptConfig:
-        return self.peft_config[self.pool_name]
 
     @property
     def tasks(self) -> list[str]:
@@ -226,55 +198,6 @@ class TaskPool:
         self.pool_config.inference_mode = False
         seal_from_targets(self.model)
         self.refresh_trainable()
-
-    @torch.no_grad()
-    def attention_weights(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        *,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        sapt_prompt_mask: Tensor | None = None,
-    ) -> Tensor:
-        """The attention over the tasks for each prompt: [B, T] in float32, columns in the order of ``model.tasks``.
-
-        Arguments are those of the model's forward; the language model does not run.
-        """
-        return self.prompt_router.attend(
-            self.pooled_prompts(
-                [
-                    {
-                        "input_ids": input_ids,
-                        "attention_mask": attention_mask,
-                        "inputs_embeds": inputs_embeds,
-                        "labels": labels,
-                        "sapt_prompt_mask": sapt_prompt_mask,
-                    }
-                ]
-            ),
-            self.pool_name,
-        )
-
-    @torch.no_grad()
-    def pooled_prompts(self, batches: Iterable[Mapping[str, Any]] | Iterable[Tensor] | Tensor) -> Tensor:
-        """Max-pooled prompt embeddings of all rows in ``batches``, [N, d] in float32; pooled tensors pass through."""
-        if isinstance(batches, Tensor):
-            batches = [batches]
-        found = []
-        for batch in batches:
-            if not isinstance(batch, Tensor):
-                inputs = {k: v.to(self.attention.weight.device) for k, v in batch.items() if isinstance(v, Tensor)}
-                prompts = read_prompts(self.model, self.pool_config, inputs, training=False)
-                batch = prompts.pooled
-                if prompts.segments is not None:
-                    batch = batch[~batch[:, 0].isnan()]  # packed rows may end in padding
-            if batch.dim() != 2 or batch.shape[1] != self.pool_config.token_dim:
-                raise WeightsError(
-                    f"Pooled prompts have shape {list(batch.shape)}, not [N, {self.pool_config.token_dim}]."
-                )
-            found.append(batch.to(self.attention.weight.device))
-        return torch.cat(found) if found else self.attention.weight.new_zeros(0, self.pool_config.token_dim or 0)
 
     def task_state(self, name: str) -> dict[str, Tensor]:
         """Everything that belongs to one task, as views: A [r, in] and B [out, r] by layer, and its key [1, d]."""

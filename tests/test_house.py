@@ -15,7 +15,8 @@ PACKAGE = ROOT / "peft_sapt"
 ORDER = [
     "version", "errors", "files", "card", "config", "pool", "ops", "checkpointing", "prompt_mask",
     "packing", "collator", "weights", "attention", "pooling", "routing", "layer",
-    "pool_io", "tasks", "lora_folder", "exchange", "model", "registration", "optimizer", "reflection", "continual",
+    "pool_io", "reading", "tasks", "lora_folder", "exchange", "model", "registration", "optimizer", "reflection",
+    "continual",
 ]  # fmt: skip
 
 
@@ -48,7 +49,7 @@ def test_imports_run_one_way(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_rooms_are_small(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 320
+    assert len(path.read_text().splitlines()) <= 300
 
 
 def test_one_file_writes_to_pefts_namespace() -> None:
