@@ -46,7 +46,7 @@ class SharedAttention(nn.Module, PoolModule):
 
     adapter_layer_names = ("sapt_query_down", "sapt_query_up", "sapt_query_norm", "sapt_key")
     other_param_names = ("sapt_old_keys", "sapt_targets", "sapt_replay")
-    stacks = {"sapt_key": ("sapt_old_keys", 0)}
+    stacks = {"sapt_key": "sapt_old_keys"}
     sapt_query_down: Linears
     sapt_query_up: Linears
     sapt_query_norm: MutableMapping[str, nn.LayerNorm]

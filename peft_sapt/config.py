@@ -13,6 +13,7 @@ from peft.utils import CONFIG_NAME, PeftType
 from .card import add_usage
 from .errors import SaptError, TaskError
 from .files import config_text, share_weights_file, write_atomically
+from .ops.dispatch import KERNELS
 
 
 def check_task_name(name: object) -> str:
@@ -111,6 +112,25 @@ class SaptConfig(PeftConfig):
             "help": "Let padding enter the max-pool, as released: a row's weights then depend on its batch mates."
         },
     )
+    top_k: int | None = field(
+        default=None,
+        metadata={"help": "In inference keep only the top_k largest weights of a row, unchanged; all by default."},
+    )
+    min_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "In inference drop weights below this one; the largest of a row stays. In each layer the output "
+            "moves by at most sum of dropped w_t * s_t * ||B_t A_t|| * ||x||. Generation then costs what the blocks "
+            "that are left cost."
+        },
+    )
+    kernel: str = field(
+        default="auto",
+        metadata={
+            "help": "Implementation of the weighted sum: 'auto' (Triton on CUDA, else torch), 'reference', 'torch' or "
+            "'triton'. The environment variable PEFT_SAPT_KERNEL overrides it."
+        },
+    )
     use_rslora: bool = field(default=False, metadata={"help": "Scale blocks by lora_alpha / sqrt(r) instead."})
     use_dora: bool = field(default=False, metadata={"help": "Refused: the norm of a sum of blocks is not theirs."})
     rank_pattern: dict[str, int] | None = field(
@@ -150,6 +170,9 @@ class SaptConfig(PeftConfig):
             ("router", self.router == "attention", "'attention'"),
             ("query_dim", _whole(self.query_dim) and self.query_dim > 0, "a positive int"),
             ("query_activation", self.query_activation in ("after", "between"), "'after' or 'between'"),
+            ("top_k", self.top_k is None or (_whole(self.top_k) and self.top_k > 0), "a positive int or None"),
+            ("min_weight", _number(self.min_weight) and 0 <= self.min_weight < 1, "a number in [0, 1)"),
+            ("kernel", self.kernel in KERNELS, f"one of {list(KERNELS)}"),
             ("temperature", _positive(self.temperature), "a positive number"),
         ]
         refused = {

@@ -27,3 +27,7 @@ class ReflectionError(SaptError):
 
 class LoraFolderError(SaptError):
     """A folder cannot be read or written as a plain LoRA adapter, or its LoRA does not fit the pool."""
+
+
+class KernelError(SaptError, RuntimeError):
+    """An implementation of the op was asked for by name that does not exist or cannot run here."""

@@ -125,7 +125,8 @@ class LoraExchange(TaskPool):
         for key, layer in layers.items():
             block = layer.new_block(lora.r)
             if key in lora.factors:
-                block = dict(zip(("sapt_A", "sapt_B"), lora.factors[key], strict=True))
+                a, b = lora.factors[key]
+                block = {"sapt_A": a, "sapt_B": b.T}
             for attr, value in block.items():
                 weight = getattr(layer, attr)[adapter].weight
                 getattr(layer, attr)[adapter] = linear_from(value.to(weight.device, weight.dtype))
@@ -146,8 +147,8 @@ class LoraExchange(TaskPool):
         found = {}
         for key, layer in self._layers().items():
             sizes = self.sizes_of(layer)
-            parts = [layer.parts(attr, self.pool_name, sizes) for attr in ("sapt_A", "sapt_B")]
-            found[key] = list(zip(*parts, strict=True))
+            a, b = (layer.parts(attr, self.pool_name, sizes) for attr in ("sapt_A", "sapt_B"))
+            found[key] = [(a_t, b_t.T) for a_t, b_t in zip(a, b, strict=True)]
         return found
 
     def _lora_config(self, r: int, alpha: float, use_rslora: bool = False) -> LoraConfig:

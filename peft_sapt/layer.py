@@ -19,12 +19,16 @@ from .routing import Routing
 
 
 class SaptLayer(PoolModule):
-    """Per adapter: ``sapt_A`` [r, in] and ``sapt_B`` [out, r] of the newest task, and the frozen blocks of the older
-    ones stacked along the rank axis, ``sapt_old_A`` [R_old, in] and ``sapt_old_B`` [out, R_old]."""
+    """Per adapter: ``sapt_A`` [r, in] and ``sapt_B`` [r, out] of the newest task, and the frozen blocks of the older
+    ones stacked along the rank axis, ``sapt_old_A`` [R_old, in] and ``sapt_old_B`` [R_old, out].
+
+    B is stored transposed to LoRA's B [out, r]: a block is a run of whole rows in both factors, so that the kernels
+    read contiguously, forward and backward are the same products with the factors swapped, and tasks append.
+    """
 
     adapter_layer_names = ("sapt_A", "sapt_B")
     other_param_names = ("sapt_old_A", "sapt_old_B")
-    stacks = {"sapt_A": ("sapt_old_A", 0), "sapt_B": ("sapt_old_B", 1)}
+    stacks = {"sapt_A": "sapt_old_A", "sapt_B": "sapt_old_B"}
     sapt_A: Linears
     sapt_B: Linears
     sapt_old_A: Linears
@@ -58,9 +62,8 @@ class SaptLayer(PoolModule):
         *old, newest = blocks
         for name in self.adapter_layer_names:
             getattr(self, name)[adapter] = linear_from(newest[name])
-            old_name, dim = self.stacks[name]
             if old:
-                getattr(self, old_name)[adapter] = linear_from(torch.cat([block[name] for block in old], dim))
+                getattr(self, self.stacks[name])[adapter] = linear_from(torch.cat([block[name] for block in old]))
         if config.lora_dropout > 0:
             self.sapt_dropout[adapter] = nn.Dropout(config.lora_dropout)
         self._move_adapter_to_device_of_base_layer(adapter)
@@ -79,7 +82,7 @@ class SaptLayer(PoolModule):
     def new_block(self, rank: int, identity: bool = True) -> dict[str, Tensor]:
         """A and B as LoRA starts them: A Kaiming-uniform, B zero (or random, for tests)."""
         a = torch.empty(rank, self.in_features)
-        b = torch.zeros(self.out_features, rank)
+        b = torch.zeros(rank, self.out_features)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))
         if not identity:
             nn.init.normal_(b, std=1 / math.sqrt(self.in_features))
@@ -118,14 +121,22 @@ class Linear(nn.Module, SaptLayer):
         if self.quantization_backend is not None:
             base = self.quantization_backend.maybe_clone_base_result(base)
         gates = self.gates_for(x)  # [B, R]
-        a, b = self.sapt_A[adapter].weight, self.sapt_B[adapter].weight
+        config = self.configs[adapter]
+        a: Tensor | None = self.sapt_A[adapter].weight
+        b: Tensor | None = self.sapt_B[adapter].weight
         old_a = self.sapt_old_A[adapter].weight if adapter in self.sapt_old_A else None
         old_b = self.sapt_old_B[adapter].weight if adapter in self.sapt_old_B else None
-        x = x if torch.is_autocast_enabled(x.device.type) else x.to(a.dtype)
-        new_x = self.sapt_dropout[adapter](x) if adapter in self.sapt_dropout else None
+        x = x if torch.is_autocast_enabled(x.device.type) else x.to(self.sapt_A[adapter].weight.dtype)
+        new_x = self.sapt_dropout[adapter](x) if adapter in self.sapt_dropout and self.training else None
+        mixture = self.routing.mixture
+        if mixture is not None and mixture.few_gates is not None and not torch.is_grad_enabled():
+            if not torch.compiler.is_compiling():  # which would compile anew for every number of rows
+                (old_a, old_b), gates = mixture.gathered(self, (old_a, old_b, a, b)), mixture.few_gates
+                a = b = new_x = None
         result = gated_lora(
-            x, base, old_a, old_b, a, b, gates, old_gradient=self.configs[adapter].old_block_gradient, new_x=new_x
-        )
+            x, base, old_a, old_b, a, b, gates,
+            old_gradient=config.old_block_gradient, new_x=new_x, kernel=config.kernel,
+        )  # fmt: skip
         return result.to(base.dtype)
 
     def gates_for(self, x: Tensor) -> Tensor:

@@ -17,12 +17,12 @@ from .config import SaptConfig
 from .errors import PoolFormatError, SaptError
 from .exchange import LoraExchange
 from .layer import Linear, SaptLayer, takes_as_linear
+from .mixture import Mixture
 from .pool import PoolModule
 from .pool_io import MANIFEST, build_manifest, check_loaded, read_manifest
 from .prompt_mask import inferred_mask
 from .routing import KEPT, SAPT_ARGUMENTS, PromptRouter, Routing, batch_of
 from .tasks import seal_from_targets
-from .weights import spread
 
 try:  # accelerate is PEFT's own dependency; a private move there must not break the import
     from accelerate import init_empty_weights
@@ -135,7 +135,7 @@ class SaptModel(LoraExchange, BaseTuner):
         if adapter is None or not self._may_generate_here(adapter, kwargs):
             yield
             return
-        with self._held(self._generation_weights(adapter, args, kwargs)):
+        with self._held(self._generation_mixture(adapter, args, kwargs)):
             yield
 
     def _routing_adapter(self) -> str | None:
@@ -143,9 +143,9 @@ class SaptModel(LoraExchange, BaseTuner):
         return self.prompt_router.active() if hasattr(self.model, "shared_attention") else None
 
     @contextmanager
-    def _held(self, weights: Tensor | None) -> Iterator[None]:
-        """Let every forward inside use ``weights``."""
-        previous, self._routing.session = self._routing.session, weights
+    def _held(self, mixture: Mixture | None) -> Iterator[None]:
+        """Let every forward inside use ``mixture``."""
+        previous, self._routing.session = self._routing.session, mixture
         try:
             yield
         finally:
@@ -175,10 +175,10 @@ class SaptModel(LoraExchange, BaseTuner):
         if adapter is None:
             return self.model.generate(*args, **kwargs)  # type: ignore[operator]
         self._routing.clear()
-        with self._held(self._generation_weights(adapter, args, {**kwargs, **given})):
+        with self._held(self._generation_mixture(adapter, args, {**kwargs, **given})):
             return self.model.generate(*args, **kwargs)  # type: ignore[operator]
 
-    def _generation_weights(self, adapter: str, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+    def _generation_mixture(self, adapter: str, args: tuple, kwargs: dict[str, Any]) -> Mixture | None:
         inputs = dict(kwargs)
         prompt = args[0] if args else inputs.pop("inputs", None)
         if prompt is not None:
@@ -193,8 +193,8 @@ class SaptModel(LoraExchange, BaseTuner):
         if not any(isinstance(inputs.get(n), Tensor) for n in ("input_ids", "inputs_embeds")):
             if inputs.get("encoder_outputs") is None:
                 return None  # generation from the start token alone: its forward is the prompt
-        weights = self.prompt_router.weights_for(self.model, adapter, inputs)
-        return spread(weights, batch_of(inputs), "generate")
+        mixture = self.prompt_router.mixture_for(self.model, adapter, inputs).detached()
+        return mixture.spread(batch_of(inputs), "generate").hold()
 
     def _generation_tokens(self, kwargs: dict[str, Any]) -> tuple[int | None, int | list[int] | None]:
         """Pad and end token as ``generate`` resolves them: argument, generation config, model config."""

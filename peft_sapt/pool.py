@@ -50,10 +50,10 @@ def linear_from(weight: Tensor, trainable: bool = False) -> nn.Linear:
 class PoolModule(BaseTunerLayer):
     """Mixin of every module that holds parts of a pool: the target layers and the shared attention.
 
-    ``stacks`` maps the container of the newest part to (container of the older ones, dimension they are stacked on).
+    ``stacks`` maps the container of the newest part to that of the older ones, which are stacked on their rows.
     """
 
-    stacks: dict[str, tuple[str, int]] = {}
+    stacks: dict[str, str] = {}
     configs: dict[str, SaptConfig]
 
     def holds(self, adapter: str) -> bool:
@@ -75,11 +75,11 @@ class PoolModule(BaseTunerLayer):
 
     def push(self, adapter: str, newest: dict[str, Tensor]) -> None:
         """Move the newest part onto the frozen stack and put ``newest`` in its place, frozen."""
-        for name, (old_name, dim) in self.stacks.items():
+        for name, old_name in self.stacks.items():
             current, stack = getattr(self, name), getattr(self, old_name)
             parts = [stack[adapter].weight.data] if adapter in stack else []
             parts.append(current[adapter].weight.data)
-            stack[adapter] = linear_from(torch.cat(parts, dim))
+            stack[adapter] = linear_from(torch.cat(parts))
             current[adapter] = linear_from(newest[name])
 
     def pull(self, adapter: str, index: int, sizes: list[int]) -> None:
@@ -87,19 +87,18 @@ class PoolModule(BaseTunerLayer):
 
         Without its newest part, the pool's next older one becomes the newest.
         """
-        for name, (old_name, dim) in self.stacks.items():
+        for name, old_name in self.stacks.items():
             parts = self.parts(name, adapter, sizes)
             del parts[index]
             current, stack = getattr(self, name), getattr(self, old_name)
             current[adapter] = linear_from(parts.pop().clone())
             if parts:
-                stack[adapter] = linear_from(torch.cat(parts, dim))
+                stack[adapter] = linear_from(torch.cat(parts))
             else:
                 del stack[adapter]
 
     def parts(self, name: str, adapter: str, sizes: list[int]) -> list[Tensor]:
         """The parts in container ``name``, oldest first, as views of the stored weights."""
-        old_name, dim = self.stacks[name]
-        stack = getattr(self, old_name)
-        old = list(stack[adapter].weight.data.split(sizes[:-1], dim)) if adapter in stack else []
+        stack = getattr(self, self.stacks[name])
+        old = list(stack[adapter].weight.data.split(sizes[:-1])) if adapter in stack else []
         return [*old, getattr(self, name)[adapter].weight.data]

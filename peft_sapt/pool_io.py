@@ -16,7 +16,7 @@ from torch import Tensor
 from .config import SaptConfig
 from .errors import PoolFormatError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had the factors B as [out, r]; it was never released
 MANIFEST = "sapt_manifest"
 MAX_MANIFEST_BYTES = 64 * 2**20
 
@@ -61,6 +61,10 @@ def read_manifest(tensor: Tensor) -> dict[str, Any]:
         raise PoolFormatError(
             f"The pool has format version {values['format_version']}, this peft-sapt reads up to {FORMAT_VERSION}: "
             "upgrade with `pip install -U peft-sapt`."
+        )
+    if values["format_version"] < 2:
+        raise PoolFormatError(
+            "The pool has format version 1, of a development version before the first release: train it anew."
         )
     return values
 

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from .attention import SharedAttention
 from .checkpointing import gate_checkpoints, ungate_checkpoints
 from .errors import PromptError, SaptError, TaskError, WeightsError
-from .ops import rank_gates
+from .mixture import Mixture
 from .pool import seal_heads
 from .pooling import is_encoder_decoder, read_prompts
-from .weights import check_weights, one_hot, spread
+from .weights import check_weights, one_hot, select
 
 SAPT_ARGUMENTS = ("sapt_task", "sapt_weights", "sapt_prompt_mask")
-KEPT = "_sapt_weights"  # attribute on a cache or on encoder outputs: (adapter, weights [B, T])
+KEPT = "_sapt_mixture"  # attribute on a cache or on encoder outputs
 SEEN_ROWS = 512  # rows whose pooled prompts are remembered for commit_task() without inputs
 
 
@@ -32,11 +32,11 @@ class Routing(threading.local):
     """The weights of the forward under way, shared by all layers; each thread has its own, copies start empty."""
 
     def __init__(self) -> None:
-        self.adapter: str | None = None
+        self.mixture: Mixture | None = None
         self.weights: Tensor | None = None  # [B, T]
         self.gates: Tensor | None = None  # [B, R]
         self.owner: nn.Module | None = None  # the module whose forward they belong to
-        self.session: Tensor | None = None  # [B, T], while generate() runs
+        self.session: Mixture | None = None  # while generate() runs
         self.seen: dict[str, list[Tensor]] = {}  # by adapter: pooled prompts [b, d] of its current task's training
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Routing:
@@ -47,7 +47,7 @@ class Routing(threading.local):
         return Routing, ()
 
     def clear(self) -> None:
-        self.adapter = self.weights = self.gates = self.owner = None
+        self.mixture = self.weights = self.gates = self.owner = None
 
 
 class PromptRouter:
@@ -92,8 +92,7 @@ class PromptRouter:
             return (args, kwargs) if given else None
         self.routing.clear()  # an interrupted forward (KeyboardInterrupt) leaves its weights behind
         inputs = {**named_arguments(module, args), **kwargs, **given}
-        weights = self.weights_for(module, adapter, inputs)
-        self.use(adapter, weights)
+        self.use(self.mixture_for(module, adapter, inputs))
         self.routing.owner = module
         if module.training and torch.is_grad_enabled():
             gate_checkpoints(module, self.routing)
@@ -101,43 +100,40 @@ class PromptRouter:
                 seal_heads(module, adapter, sealed=True, trains=False)
         return args, kwargs
 
-    def use(self, adapter: str, weights: Tensor) -> None:
-        config = self.attention.configs[adapter]
-        gates = rank_gates(weights, config.scalings, config.task_ranks or [])
-        self.routing.adapter, self.routing.weights, self.routing.gates = adapter, weights, gates
+    def use(self, mixture: Mixture) -> None:
+        self.routing.mixture, self.routing.weights, self.routing.gates = mixture, mixture.weights, mixture.gates
 
     @torch.compiler.disable
     def after(self, module: nn.Module, args: tuple, output: Any) -> None:
         routing = self.routing
-        if routing.weights is None or routing.owner is not module:
+        mixture = routing.mixture
+        if mixture is None or routing.owner is not module:
             return
-        kept = (routing.adapter, routing.weights)
         cache = getattr(output, "past_key_values", None)
-        if routing.weights.dim() == 3:
+        if mixture.weights.dim() == 3:
             pass  # per token of packed rows: nothing that a next token could continue
         elif cache is not None and not isinstance(cache, tuple):
-            setattr(cache, KEPT, (routing.adapter, routing.weights.detach()))
+            setattr(cache, KEPT, mixture.detached())
         elif hasattr(output, "last_hidden_state") and not hasattr(output, "logits"):
-            setattr(output, KEPT, kept)
+            setattr(output, KEPT, mixture)
         routing.clear()
 
-    def weights_for(self, module: nn.Module, adapter: str, inputs: dict[str, Any]) -> Tensor:
+    def mixture_for(self, module: nn.Module, adapter: str, inputs: dict[str, Any]) -> Mixture:
         """Attention weights of one forward of ``module``, float32: [B, T], or [B, S, T] for packed rows."""
-        tasks = self.attention.configs[adapter].tasks or []
-        batch = batch_of(inputs)
+        config, batch = self.attention.configs[adapter], batch_of(inputs)
         if inputs.get("sapt_weights") is not None or inputs.get("sapt_task") is not None:
             weights = self.given_weights(adapter, inputs, batch, self.attention.weight.device)
             self.check_trainable(inputs, adapter, module)
-            return weights
+            return Mixture(adapter, weights, config)
         if self.routing.session is not None:
-            return spread(self.routing.session, batch, "this generation")
+            return self.routing.session.spread(batch, "this generation")
         cache = inputs.get("past_key_values")
         if cache is not None and hasattr(cache, "get_seq_length") and int(cache.get_seq_length()) > 0:
-            return self.kept_weights(cache, adapter, len(tasks), batch, "past_key_values")
+            return self.kept_mixture(cache, adapter, batch, "past_key_values").hold()
         encoded = inputs.get("encoder_outputs")
         if encoded is not None:
-            return self.kept_weights(encoded, adapter, len(tasks), batch, "encoder_outputs")
-        return self.computed_weights(module, adapter, inputs)
+            return self.kept_mixture(encoded, adapter, batch, "encoder_outputs")
+        return Mixture(adapter, self.computed_weights(module, adapter, inputs), config)
 
     def given_weights(self, adapter: str, inputs: dict[str, Any], batch: int, device: torch.device) -> Tensor:
         tasks = self.attention.configs[adapter].tasks or []
@@ -159,22 +155,26 @@ class PromptRouter:
                 f"{newest!r} trains. Use model.add_task(...) for new data, or model.eval() to ask for an answer."
             )
 
-    def kept_weights(self, holder: Any, adapter: str, count: int, batch: int, what: str) -> Tensor:
-        kept = getattr(holder, KEPT, None)
-        if kept is None or kept[0] != adapter or kept[1].shape[-1] != count:
+    def kept_mixture(self, holder: Any, adapter: str, batch: int, what: str) -> Mixture:
+        kept: Mixture | None = getattr(holder, KEPT, None)
+        count = len(self.attention.configs[adapter].tasks or [])
+        if kept is None or kept.adapter != adapter or kept.weights.shape[-1] != count:
             raise WeightsError(
                 f"{what} was given, but it carries no attention weights of the active pool ({count} tasks), and the "
                 "prompt itself is not in this call. Produce it with this model and pool, or pass sapt_weights=[B, T] "
                 "or sapt_task=name."
             )
-        return spread(kept[1], batch, what)
+        return kept.spread(batch, what)
 
     def computed_weights(self, module: nn.Module, adapter: str, inputs: dict[str, Any]) -> Tensor:
         training = module.training and torch.is_grad_enabled()
-        pooled, _, segments = read_prompts(module, self.attention.configs[adapter], inputs, training)  # [N, d]
+        config = self.attention.configs[adapter]
+        pooled, _, segments = read_prompts(module, config, inputs, training)  # [N, d]
+        weights = self.attend(pooled, adapter)  # [N, T]
         if training:
             self.remember(pooled, adapter)
-        weights = self.attend(pooled, adapter)  # [N, T]
+        else:
+            weights = select(weights, config.top_k, config.min_weight)
         return weights if segments is None else weights[segments]  # [B, T] or [B, S, T]
 
     def attend(self, pooled: Tensor, adapter: str) -> Tensor:

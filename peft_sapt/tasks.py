@@ -200,7 +200,7 @@ class TaskPool(PromptReader):
         self.refresh_trainable()
 
     def task_state(self, name: str) -> dict[str, Tensor]:
-        """Everything that belongs to one task, as views: A [r, in] and B [out, r] by layer, and its key [1, d]."""
+        """Everything that belongs to one task, as views: A [r, in] and B [r, out] by layer, and its key [1, d]."""
         index = self.index_of(name)
         names = {module: key for key, module in self.model.named_modules() if isinstance(module, PoolModule)}
         state = {}

@@ -1,4 +1,4 @@
-"""Attention weights that a caller gives: by task name, as numbers, or for each beam of a row."""
+"""Attention weights by hand: given by name or as numbers, repeated for beams, cut to those that matter."""
 
 from __future__ import annotations
 
@@ -45,3 +45,19 @@ def check_weights(weights: Tensor, tasks: list[str], batch: int, device: torch.d
         raise WeightsError("sapt_weights holds NaN or infinity.")
     weights = weights.to(device=device, dtype=torch.float32)
     return spread(weights, batch, "sapt_weights")
+
+
+def select(weights: Tensor, top_k: int | None, min_weight: float) -> Tensor:
+    """Weights [..., T] with zero in place of all but the ``top_k`` largest of a row and of those below ``min_weight``.
+
+    The rest keep their values, so that the output moves by at most sum of dropped w_t * s_t * ||B_t A_t|| * ||x|| in
+    each layer. The largest weight of a row always stays.
+    """
+    kept = weights
+    if top_k is not None and top_k < weights.shape[-1]:
+        leading = weights.topk(top_k, dim=-1)
+        kept = torch.zeros_like(weights).scatter(-1, leading.indices, leading.values)
+    if min_weight > 0:
+        bound = weights.amax(dim=-1, keepdim=True).clamp(max=min_weight)
+        kept = kept.masked_fill(weights < bound, 0.0)
+    return kept

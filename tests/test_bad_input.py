@@ -12,6 +12,7 @@ from tiny import build_pool, padded, tiny_llama, token_rows
 
 from peft_sapt import ArmCallback, SaptConfig
 from peft_sapt.errors import PoolFormatError, PromptError, ReflectionError, SaptError, TaskError, WeightsError
+from peft_sapt.mixture import Mixture
 
 ROWS = token_rows([5, 9, 3])
 BAD_NAMES = ["", "  ", "a/b", "a.b", "a\\b", "123", "new\nline", " a", "x" * 129, None, 7]
@@ -207,7 +208,7 @@ def test_a_layer_called_alone_or_rerun_by_foreign_checkpointing(model) -> None:
     with pytest.raises(WeightsError, match="outside of the model's own forward"):
         layer(torch.randn(2, 3, 64))
     with pytest.raises(WeightsError, match="rows"):
-        model.base_model.prompt_router.use("default", torch.ones(3, 3) / 3)
+        model.base_model.prompt_router.use(Mixture("default", torch.ones(3, 3) / 3, model.peft_config["default"]))
         layer(torch.randn(2, 3, 64))
     model.base_model.prompt_router.routing.clear()
     segment = model.base_model.model.model.layers[0]

@@ -94,15 +94,15 @@ def golden_pool(stem: str, **config) -> tuple[PeftModel, dict[str, Tensor]]:
         fill(attention, "sapt_key", list(pool["router.keys"].flip(0).split(1)))
         for path, layer in lora_layers(model).items():
             fill(layer, "sapt_A", list(pool[f"lora.{path}.A"].flip(0)))
-            fill(layer, "sapt_B", list(pool[f"lora.{path}.B"].flip(0)))
+            fill(layer, "sapt_B", [b.T for b in pool[f"lora.{path}.B"].flip(0)])
     return model.train(), pool
 
 
 def fill(module, name: str, parts: list[Tensor]) -> None:
-    old_name, dim = module.stacks[name]
+    old_name = module.stacks[name]
     getattr(module, name)["default"].weight.copy_(parts[-1])
     if len(parts) > 1:
-        getattr(module, old_name)["default"] = linear_from(torch.cat(parts[:-1], dim))
+        getattr(module, old_name)["default"] = linear_from(torch.cat(parts[:-1]))
 
 
 def lora_layers(model: PeftModel) -> dict[str, torch.nn.Module]:
@@ -126,7 +126,8 @@ def our_gradients(model: PeftModel) -> dict[str, Tensor]:
     }
     for path, layer in lora_layers(model).items():
         found[f"lora.{path}.A"] = layer.sapt_A["default"].weight.grad
-        found[f"lora.{path}.B"] = layer.sapt_B["default"].weight.grad
+        grad = layer.sapt_B["default"].weight.grad
+        found[f"lora.{path}.B"] = None if grad is None else grad.T
     return found
 
 

@@ -13,8 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "peft_sapt"
 ORDER = [
-    "version", "errors", "files", "card", "config", "pool", "ops", "checkpointing", "prompt_mask",
-    "packing", "collator", "weights", "attention", "pooling", "routing", "layer",
+    "version", "errors", "files", "card", "ops", "config", "pool", "checkpointing", "prompt_mask",
+    "packing", "collator", "weights", "attention", "pooling", "mixture", "routing", "layer",
     "pool_io", "reading", "tasks", "lora_folder", "exchange", "model", "registration", "optimizer", "reflection",
     "continual",
 ]  # fmt: skip

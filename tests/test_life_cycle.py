@@ -207,7 +207,7 @@ def test_one_task_is_plain_lora(family: str) -> None:
         if hasattr(module, "sapt_A"):
             twin = layers.pop(name)
             twin.lora_A["default"].weight.data.copy_(module.sapt_A["default"].weight.data)
-            twin.lora_B["default"].weight.data.copy_(module.sapt_B["default"].weight.data)
+            twin.lora_B["default"].weight.data.copy_(module.sapt_B["default"].weight.data.T)
     assert not layers, "SAPT and LoRA must target the same modules by default"
     torch.testing.assert_close(logits(model), logits(lora), atol=1e-5, rtol=0)
 

@@ -32,10 +32,10 @@ def problem(count: int, shape: tuple[int, int | None, int, int], mixed: bool, pe
 def fast(leaves, blocks, scaling, **kwargs):
     *old, (a, b) = blocks
     old_a = torch.cat([block[0] for block in old]) if old else None
-    old_b = torch.cat([block[1] for block in old], dim=1) if old else None
+    old_b = torch.cat([block[1].T for block in old]) if old else None
     weights = leaves["scores"].softmax(dim=-1)
     ranks = [block[0].shape[0] for block in old]
-    return weighted_lora(leaves["x"], leaves["base"], old_a, old_b, a, b, weights, scaling, ranks, **kwargs)
+    return weighted_lora(leaves["x"], leaves["base"], old_a, old_b, a, b.T, weights, scaling, ranks, **kwargs)
 
 
 def slow(leaves, blocks, scaling, **kwargs):

@@ -48,7 +48,8 @@ def test_forward_gradient_and_loading(bits, tmp_path) -> None:
     with torch.no_grad():
         logits = model(**batch).logits
         handle.remove()
-        parts = [layer.parts(name, "default", [2, 3, 4]) for name in ("sapt_A", "sapt_B")]
+        a, b = (layer.parts(name, "default", [2, 3, 4]) for name in ("sapt_A", "sapt_B"))
+        parts = (a, [rows.T for rows in b])
         weights, scaling = model.attention_weights(**batch), model.peft_config["default"].scalings
         expected = reference.weighted_lora(seen["x"], layer.base_layer(seen["x"]), *parts, weights, scaling)
     torch.testing.assert_close(seen["out"], expected, atol=1e-4, rtol=1e-4)

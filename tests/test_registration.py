@@ -69,10 +69,12 @@ def test_without_the_import_peft_names_the_missing_method(tmp_path) -> None:
 
 
 def test_the_import_stays_light() -> None:
-    code = "import sys, peft_sapt; print({m.split('.')[0] for m in sys.modules} & set(sys.argv[1:]))"
+    # what PEFT itself imports is not ours to save: it takes Triton along where that is installed
+    code = "import sys, peft; a = set(sys.modules); import peft_sapt; b = set(sys.modules) - a; "
+    code += "print({m.split('.')[0] for m in b} & set(sys.argv[1:]), 'peft_sapt.ops.triton_kernel' in b)"
     heavy = ["datasets", "triton", "matplotlib", "gradio", "trl", "rouge_score", "gguf"]
     run = subprocess.run([sys.executable, "-c", code, *heavy], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "set()"
+    assert run.stdout.strip() == "set() False"
 
 
 def test_public_names() -> None:
