@@ -193,7 +193,7 @@ class SaptModel(LoraExchange, BaseTuner):
         if not any(isinstance(inputs.get(n), Tensor) for n in ("input_ids", "inputs_embeds")):
             if inputs.get("encoder_outputs") is None:
                 return None  # generation from the start token alone: its forward is the prompt
-        mixture = self.prompt_router.mixture_for(self.model, adapter, inputs).detached()
+        mixture = self.prompt_router.mixture_for(self.model, adapter, inputs)
         return mixture.spread(batch_of(inputs), "generate").hold()
 
     def _generation_tokens(self, kwargs: dict[str, Any]) -> tuple[int | None, int | list[int] | None]:
