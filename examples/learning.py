@@ -255,6 +255,7 @@ def learn_sapt(bench: Bench) -> tuple[PeftModel, ArmCallback, dict[str, Any]]:
     found = {
         "matrix": matrix,
         "mean_weights": [attention[name].mean(dim=0).tolist() for name in names],
+        "prompt_weights": {n: [[float(f"{v:.4g}") for v in row] for row in attention[n].tolist()] for n in names},
         "routing": [100.0 * float((attention[n].argmax(dim=1) == i).float().mean()) for i, n in enumerate(names)],
         "gates_while_training": gates,
         "pseudo_samples": arm.reports,

@@ -27,6 +27,7 @@ class Variant(NamedTuple):
     dtype: str
     tile: Tile
     settings: tuple[tuple[str, int], ...]
+    precision: str  # of products of float32: exact, or rounded to the tensor cores' format
 
 
 class Compiled(NamedTuple):
@@ -48,7 +49,8 @@ class Compiled(NamedTuple):
             wrong.append(f"spills ({self.stack} bytes of stack, {self.spills} local loads and stores)")
         if self.shared > ARCHITECTURES[self.architecture][1] * 1024:
             wrong.append(f"needs {self.shared} bytes of shared memory")
-        if DTYPES[self.variant.dtype] == 2 and not self.matrix:
+        exact = DTYPES[self.variant.dtype] == 4 and self.variant.precision == "ieee"
+        if not exact and not self.matrix:
             wrong.append("does not use the tensor cores")
         if not self.wide_loads:
             wrong.append("has no 16-byte load")
@@ -71,7 +73,8 @@ def variants() -> Iterator[Variant]:
                     # launches cut the width only for few rows, and never tile few rows by sample
                     if mode.get("SPLITS", 1) > 1 and number > 0:
                         continue
-                    yield Variant(kernel, dtype, tile, tuple(mode.items()))
+                    for precision in ("ieee", "tf32") if size == 4 else ("ieee",):
+                        yield Variant(kernel, dtype, tile, tuple(mode.items()), precision)
 
 
 def compile_variant(variant: Variant, architecture: int) -> Compiled:
@@ -86,7 +89,7 @@ def compile_variant(variant: Variant, architecture: int) -> Compiled:
     modes = dict(variant.settings)
     blocks = {"BLOCK_M": variant.tile.m, "BLOCK_R": variant.tile.r}
     blocks["BLOCK_K" if variant.kernel == "shrink" else "BLOCK_N"] = variant.tile.other
-    constants = {**modes, **blocks, "ALIGNED": True, "WIDEN": False, "PRECISION": "ieee"}
+    constants = {**modes, **blocks, "ALIGNED": True, "WIDEN": False, "PRECISION": variant.precision}
     signature, aligned = {}, {}
     for position, name in enumerate(function.arg_names):
         if name in constants:
