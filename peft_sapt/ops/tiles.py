@@ -18,9 +18,9 @@ class Tile(NamedTuple):
 # by kernel, for 16-bit and for 32-bit numbers: few rows; many rows; many rows and ranks
 TILES: dict[tuple[str, int], tuple[Tile, ...]] = {
     ("shrink", 2): (Tile(16, 32, 128, 4, 4), Tile(64, 64, 64, 4, 4), Tile(128, 64, 64, 8, 3)),
-    ("shrink", 4): (Tile(16, 32, 64, 4, 3), Tile(64, 32, 32, 4, 3), Tile(64, 64, 32, 8, 3)),
+    ("shrink", 4): (Tile(16, 32, 64, 4, 3), Tile(64, 32, 32, 8, 3), Tile(64, 64, 32, 8, 3)),
     ("expand", 2): (Tile(16, 32, 128, 4, 3), Tile(64, 32, 128, 4, 3), Tile(128, 32, 128, 8, 3)),
-    ("expand", 4): (Tile(16, 32, 64, 4, 3), Tile(64, 16, 64, 4, 3), Tile(64, 32, 64, 8, 3)),
+    ("expand", 4): (Tile(16, 32, 64, 4, 3), Tile(64, 16, 64, 4, 3), Tile(64, 32, 64, 8, 2)),
     ("block_gradient", 2): (Tile(64, 16, 128, 4, 3),),
     ("block_gradient", 4): (Tile(32, 16, 64, 4, 3),),
 }
