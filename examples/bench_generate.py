@@ -118,7 +118,7 @@ def long_pools(args: argparse.Namespace, base: Callable) -> dict:
         def run() -> None:
             with torch.no_grad():
                 pool(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
-                cache.crop(args.prompt)
+                cache.crop(-1)
 
         return run
 

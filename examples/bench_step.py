@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from benching import alternate, quartiles, saved_bytes, table
+from peers import naive_sum
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
@@ -36,7 +37,7 @@ def t5_small(seed: int = 0) -> nn.Module:
 
 
 class NaiveLayer(nn.Module):
-    """The weighted sum at the cost of the official release: each old block runs alone, and all outputs are stacked."""
+    """A layer of the pool that adds its blocks as the official release does."""
 
     def __init__(self, layer: SaptLayer, ranks: list[int]) -> None:
         super().__init__()
@@ -49,9 +50,8 @@ class NaiveLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weights = self.routing.weights * self.scaling  # [B, T]
         half = len(self.old) // 2
-        old = [x.detach() @ a.mT @ b for a, b in zip(self.old[:half], self.old[half:], strict=True)]  # each [B, S, O]
-        stacked = torch.stack([*old, x @ self.new_a.mT @ self.new_b])  # [T, B, S, O]
-        return self.base_layer(x) + (stacked * weights.T[:, :, None, None]).sum(dim=0)
+        old = list(zip(self.old[:half], self.old[half:], strict=True))
+        return naive_sum(x, self.base_layer(x), old, (self.new_a, self.new_b), weights)
 
 
 def naive(model: nn.Module) -> nn.Module:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import torch_kernel
 
@@ -81,6 +82,7 @@ def _set_up(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
 
 
+@once_differentiable  # h is a constant to the gradient, so that a gradient of it would miss a term: it raises instead
 def _differentiate(ctx: Any, dy: Tensor | None, dh: None) -> tuple:
     if dy is None:
         return (None,) * 9

@@ -98,6 +98,7 @@ def errors(case: Case, dtype: torch.dtype, device: str, kernel: str) -> dict[str
     lead = (case.batch, case.length) if case.per_token else (case.batch,)
     weights = random(*lead, case.tasks).softmax(dim=-1).to(device).requires_grad_()
     scaling = [2.0 - t / case.tasks for t in range(case.tasks)]
+    ranks = [case.rank] * (case.tasks - 1)
     old_a, old_b = (
         among_nan(torch.cat([t.detach() for t in parts[:-1]]), case.shift) if old else None for parts in (a, b)
     )
@@ -112,14 +113,14 @@ def errors(case: Case, dtype: torch.dtype, device: str, kernel: str) -> dict[str
     truths = torch.autograd.grad(truth, exact, dy.detach().double().view(shape))
     with poisoned():
         y = gated.weighted_lora(
-            x.view(shape), base.view(shape), old_a, old_b, a[-1], b[-1], weights, scaling, [case.rank] * (case.tasks - 1),
+            x.view(shape), base.view(shape), old_a, old_b, a[-1], b[-1], weights, scaling, ranks,
             old_gradient=case.old_gradient, kernel=kernel,
         )  # fmt: skip
         found = torch.autograd.grad(y, (x, base, weights, a[-1], b[-1]), dy.detach().view(shape))
         with torch.no_grad():
             value = gated.weighted_lora(
                 x.view(shape), base.view(shape), old_a, old_b, a[-1], b[-1], weights, scaling,
-                [case.rank] * (case.tasks - 1), kernel=kernel,
+                ranks, kernel=kernel,
             )  # fmt: skip
     names = ("dx", "dbase", "dw", "dA", "dB")
     result = {"y": relative(y, truth), "y without gradient": relative(value, truth)}

@@ -38,10 +38,10 @@ def expand(base: Tensor | None, h: Tensor, old: Tensor | None, new: Tensor | Non
             continue
         if y is None:
             y = part @ factor
-        elif own:
-            y = y.addmm_(part, factor) if y.dtype == h.dtype else y.add_(part @ factor)
+        elif y.dtype != h.dtype:
+            y = y.add_(part @ factor) if own else y + part @ factor
         else:
-            y = torch.addmm(y, part, factor)
+            y = y.addmm_(part, factor) if own else torch.addmm(y, part, factor)
         own = True
     assert y is not None
     return y if base is None else y.to(base.dtype)

@@ -1,0 +1,188 @@
+"""The op as torch sees it: opcheck, gradcheck, tracing, autocast, checkpointing, what it saves and refuses."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
+from torch.utils.checkpoint import checkpoint
+
+from peft_sapt.ops import library, weighted_lora
+
+
+def leaf(*shape: int, grad: bool = True, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(*shape, dtype=dtype).requires_grad_(grad)
+
+
+FORMS = {
+    "frozen and new": lambda: (leaf(12, 7), leaf(12, 5), leaf(6, 7, grad=False), leaf(6, 5, grad=False), leaf(2, 7),
+                               leaf(2, 5), leaf(3, 8)),
+    "new alone, a gate per token": lambda: (leaf(12, 7), leaf(12, 5), None, None, leaf(2, 7), leaf(2, 5), leaf(12, 2)),
+    "frozen alone": lambda: (leaf(12, 7), leaf(12, 5), leaf(6, 7), leaf(6, 5), None, None, leaf(3, 6)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("old_gradient", [True, False])
+@pytest.mark.parametrize("form", FORMS)
+def test_opcheck(form: str, old_gradient: bool) -> None:
+    passed = torch.library.opcheck(library.gated_lora, (*FORMS[form](), old_gradient, "torch"))
+    assert set(passed.values()) == {"SUCCESS"} and len(passed) >= 4
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_opcheck_of_the_value_alone(form: str) -> None:
+    arguments = [None if t is None else t.detach() for t in FORMS[form]()]
+    assert set(torch.library.opcheck(library.gated_lora_value, (*arguments, "torch")).values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradcheck(form: str) -> None:
+    given = FORMS[form]()
+    tensors = [t for t in given if t is not None]
+
+    def op(*inputs: torch.Tensor) -> torch.Tensor:
+        rest = iter(inputs)
+        return library.gated_lora(*(None if t is None else next(rest) for t in given), True, "torch")[0]
+
+    assert torch.autograd.gradcheck(op, tensors)
+
+
+def layer(dtype: torch.dtype = torch.float32, batch: int = 3, length: int = 4) -> dict[str, torch.Tensor]:
+    return {
+        "x": leaf(batch, length, 16, dtype=dtype), "base": leaf(batch, length, 12, dtype=dtype),
+        "old_a": leaf(6, 16, grad=False, dtype=dtype), "old_b": leaf(6, 12, grad=False, dtype=dtype),
+        "new_a": leaf(2, 16, dtype=dtype), "new_b": leaf(2, 12, dtype=dtype), "weights": leaf(batch, 3),
+    }  # fmt: skip
+
+
+def value(tensors: dict[str, torch.Tensor], **kwargs) -> torch.Tensor:
+    return weighted_lora(**tensors, scaling=[1.0, 2.0, 0.5], old_ranks=[2, 4], **kwargs)
+
+
+def gradients(y: torch.Tensor, tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(y.float().square().sum(), [t for t in tensors.values() if t.requires_grad]))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_one_graph_for_all_lengths(autocast: bool) -> None:
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(value, fullgraph=True, dynamic=True, backend=counter)
+    for length in (4, 7, 9):
+        tensors = layer(length=length)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            eager, traced = value(tensors), compiled(tensors)
+        assert eager.dtype == traced.dtype == (torch.bfloat16 if autocast else torch.float32)
+        assert torch.equal(eager, traced)
+        for mine, theirs in zip(gradients(traced, tensors), gradients(eager, tensors), strict=True):
+            assert torch.equal(mine, theirs)
+    assert counter.frame_count <= 2  # one graph, at most one more when the length turns out to vary
+
+
+def test_autocast_lowers_the_factors_and_not_the_weights() -> None:
+    tensors = layer()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = value(tensors)
+    low = {name: t.detach().bfloat16() for name, t in tensors.items() if name != "weights"}
+    with torch.no_grad():
+        expected = value({**low, "weights": tensors["weights"]})
+    assert y.dtype == torch.bfloat16 and torch.equal(y, expected)
+    y.float().sum().backward()
+    assert all(t.grad.dtype == t.dtype for t in tensors.values() if t.requires_grad)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_changes_no_bit(reentrant: bool) -> None:
+    tensors = layer()
+    plain = gradients(value(tensors), tensors)
+    names = list(tensors)
+    y = checkpoint(lambda *t: value(dict(zip(names, t, strict=True))), *tensors.values(), use_reentrant=reentrant)
+    y.square().sum().backward()
+    for mine, theirs in zip((t.grad for t in tensors.values() if t.requires_grad), plain, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("kernel", ["torch", "auto"])
+def test_only_x_and_h_are_saved(kernel: str) -> None:
+    batch, length, width, out, ranks = 4, 32, 64, 48, [4] * 15
+    tensors = {"x": leaf(batch, length, width), "base": leaf(batch, length, out), "new_a": leaf(4, width),
+               "new_b": leaf(4, out), "old_a": leaf(60, width, grad=False), "old_b": leaf(60, out, grad=False),
+               "weights": leaf(batch, 16)}  # fmt: skip
+    saved: dict[int, int] = {}
+    own = {t.untyped_storage().data_ptr() for t in tensors.values()}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = weighted_lora(**tensors, scaling=[1.0] * 16, old_ranks=ranks, kernel=kernel)
+    extra = {pointer: size for pointer, size in saved.items() if pointer not in own}
+    h, gates = batch * length * 64 * 8, batch * 64 * 8
+    assert tensors["x"].untyped_storage().data_ptr() in saved
+    assert tensors["base"].untyped_storage().data_ptr() not in saved
+    assert sum(extra.values()) <= h + 4 * gates
+    assert max(extra.values()) == h
+    y.sum().backward()
+    assert tensors["old_a"].grad is None and tensors["old_b"].grad is None and tensors["new_b"].grad is not None
+
+
+def test_a_second_gradient_is_refused_rather_than_wrong() -> None:
+    tensors = layer(torch.float64)
+    (dx,) = torch.autograd.grad(value(tensors).square().sum(), [tensors["x"]], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        dx.sum().backward()
+
+
+def test_base_and_result_may_have_another_dtype_than_the_factors() -> None:
+    tensors = layer()
+    wide = {**tensors, "base": tensors["base"].detach().double().requires_grad_()}
+    y = value(wide)
+    assert y.dtype == torch.float64
+    torch.testing.assert_close(y.float(), value(tensors))
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_sharded_factors_are_refused_and_wrapped_modules_are_served(mesh) -> None:
+    tensors = layer()
+    sharded = {**tensors, "new_a": distribute_tensor(tensors["new_a"].detach(), mesh)}
+    with pytest.raises(ValueError, match=r"new_a is a DTensor.*full_tensor"):
+        value(sharded)
+
+    class Block(torch.nn.Module):
+        """Holds the factors; its forward is where FSDP makes them whole."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            names = ("old_a", "old_b", "new_a", "new_b")
+            self.factors = torch.nn.ParameterDict({n: torch.nn.Parameter(tensors[n].detach().clone()) for n in names})
+
+        def forward(self, x: torch.Tensor, base: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            return value({"x": x, "base": base, "weights": weights, **self.factors})
+
+    block = Block()
+    sharded_block = copy.deepcopy(block)
+    torch.distributed.fsdp.fully_shard(sharded_block, mesh=mesh)
+    inputs = [tensors[n].detach() for n in ("x", "base", "weights")]
+    expected, y = block(*inputs), sharded_block(*inputs)
+    assert torch.equal(y, expected)
+    expected.square().sum().backward(), y.square().sum().backward()
+    for name, parameter in sharded_block.factors.items():
+        assert torch.equal(parameter.grad.full_tensor(), block.factors[name].grad)
+
+
+def test_shapes_that_do_not_fit_are_named() -> None:
+    tensors = layer()
+    with pytest.raises(ValueError, match=r"old_b has shape \[12, 6\], expected \[rank, 12\].*transposed"):
+        value({**tensors, "old_b": tensors["old_b"].mT})
+    with pytest.raises(ValueError, match=r"add up to 5, but old_a has 6 rows"):
+        weighted_lora(**tensors, scaling=[1.0] * 3, old_ranks=[2, 3])

@@ -1,0 +1,137 @@
+"""The Triton kernels without a GPU: their numbers in the interpreter, mutants that must fail, what the compiler made.
+
+The interpreter has to be chosen before Triton is imported, so each test starts a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from peft_sapt.ops import check, compile_gate, kernels, numerics, tiles
+
+ROOT = Path(__file__).parents[1]
+SOURCE = Path(kernels.__file__).read_text(encoding="utf-8")
+MUTANTS = {
+    "shrink reads past the width": ("mask=real[:, None] & (k < width)[None, :]", "mask=real[:, None]"),
+    "block gradient reads past the tokens": ("(m < tokens)[:, None] & (n < width)[None, :]", "(n < width)[None, :]"),
+    "a frozen row too many": ("tl.where(r < old_rank,", "tl.where(r <= old_rank,"),
+    "the gate of the next row": ("gate_ptr + group * rank + r, mask=r < rank", "gate_ptr + r, mask=r < rank"),
+    "a partial sum forgotten": ("tl.static_range(1, SPLITS)", "tl.static_range(2, SPLITS)"),
+    "a column of y not written": (
+        "tl.store(y_ptr + row * width + at, acc.to(y_ptr.dtype.element_ty), mask=inside)",
+        "tl.store(y_ptr + row * width + at, acc.to(y_ptr.dtype.element_ty), mask=inside & (n > 0)[None, :])",
+    ),
+}
+SCRIPT = """
+import importlib.util, json, sys
+from peft_sapt import ops
+if {path!r}:
+    spec = importlib.util.spec_from_file_location("peft_sapt.ops.kernels", {path!r})
+    ops.kernels = sys.modules["peft_sapt.ops.kernels"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(ops.kernels)
+from peft_sapt.ops import numerics
+numerics.TOLERANCE = {{k: v for k, v in numerics.TOLERANCE.items() if str(k) in {dtypes!r}}}
+print(json.dumps(numerics.run("triton", "cpu", numerics.SMALL[:{count}])))
+"""
+
+
+def interpreted(count: int, dtypes: tuple[str, ...], path: str = "") -> list[dict]:
+    code = SCRIPT.format(path=path, count=count, dtypes=dtypes)
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout)
+
+
+def test_value_and_gradients_in_the_interpreter() -> None:
+    results = interpreted(3, ("torch.float32", "torch.bfloat16"))
+    assert len(results) == 8
+    assert [r for r in results if not r["ok"]] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_broken_kernel_does_not_pass(mutant: str, tmp_path: Path) -> None:
+    before, after = MUTANTS[mutant]
+    assert before in SOURCE
+    (tmp_path / "kernels.py").write_text(SOURCE.replace(before, after), encoding="utf-8")
+    assert [r for r in interpreted(3, ("torch.float32",), str(tmp_path / "kernels.py")) if not r["ok"]]
+
+
+@pytest.mark.slow
+def test_the_check_without_a_gpu(tmp_path: Path) -> None:
+    """All cases and dtypes, and every kernel compiled; the README beside the kernels has this very table."""
+    command = [sys.executable, "-m", "peft_sapt.ops.check", "--json", str(tmp_path / "found.json")]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
+    print(run.stdout)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    assert "No GPU was used" in run.stdout
+    found = json.loads((tmp_path / "found.json").read_text())
+    limits = {"float32": 1e-6, "float16": 2e-3, "bfloat16": 2e-2}
+    results = found["numerics"]["triton, interpreted"]
+    assert {r["dtype"] for r in results} == set(limits)
+    assert all(error <= limits[r["dtype"]] for r in results for error in r["errors"].values())
+    assert len(found["compiled"]) == 3 * len(list(compile_gate.variants()))
+    assert all(c["stack"] == c["spills"] == 0 and not c["faults"] for c in found["compiled"])
+    assert all(c["matrix"] > 0 for c in found["compiled"] if "fp32" not in c["variant"])
+    rows = [line for line in run.stdout.splitlines() if line.startswith(("| shrink", "| expand", "| block_gradient"))]
+    assert len(rows) == sum(len(listed) * (2 if size == 2 else 1) for (_, size), listed in tiles.TILES.items())
+    readme = (ROOT / "peft_sapt" / "ops" / "README.md").read_text(encoding="utf-8")
+    assert [row for row in rows if row not in readme] == []
+
+
+def test_a_launch_picks_only_compiled_tiles() -> None:
+    compiled = {(v.kernel, v.tile) for v in compile_gate.variants()}
+    for (kernel, size), listed in tiles.TILES.items():
+        for rows in (1, 15, 16, 33, 512, 4096):
+            for rank in (1, 16, 127, 128, 1600):
+                found = tiles.candidates(kernel, size, rows, rank)
+                assert found and set(found) <= set(listed)
+                assert all((kernel, tile) in compiled for tile in found)
+
+
+@pytest.mark.parametrize("programs", [1, 7, 64, 500])
+@pytest.mark.parametrize("extent", [1, 64, 257, 4096])
+def test_splits_cover_the_axis(programs: int, extent: int) -> None:
+    parts = tiles.splits(programs, extent, 128)
+    assert 1 <= parts <= 8 and (programs < tiles.TARGET_PROGRAMS or parts == 1)
+    width = math.ceil(math.ceil(extent / parts) / 128) * 128  # as a launch rounds it
+    assert parts * width >= extent
+
+
+def test_a_wrong_number_fails_the_check(capsys: pytest.CaptureFixture[str]) -> None:
+    result = {"dtype": "float32", "case": "one", "errors": {"y": 1e-3}, "limit": 1e-6, "ok": False}
+    assert not check.print_errors("triton", "nowhere", [result])
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_a_spill_fails_the_gate() -> None:
+    variant = next(v for v in compile_gate.variants() if v.dtype == "fp16")
+    good = compile_gate.Compiled(variant, 90, 100, 0, 0, 1024, 4, 8)
+    assert good.faults == []
+    for wrong in ({"stack": 8}, {"spills": 1}, {"shared": 10**6}, {"matrix": 0}, {"wide_loads": 0}):
+        assert good._replace(**wrong).faults
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_torch_kernel_has_the_same_tolerance(dtype: torch.dtype) -> None:
+    for case in numerics.SMALL:
+        errors = numerics.errors(case, dtype, "cpu", "torch")
+        assert max(errors.values()) <= numerics.TOLERANCE[dtype], (case, errors)
+
+
+if torch.cuda.is_available():
+
+    def test_on_this_gpu() -> None:
+        results = numerics.run("triton", "cuda", (*numerics.SMALL, *numerics.LARGE))
+        assert [r for r in results if not r["ok"]] == []
+        assert check.in_a_graph()
