@@ -32,6 +32,11 @@ from peft_sapt.ops.bound import block_norms, dropped_bound
 RECORDED = Path(__file__).parent / "results" / "attention_long_sequence.json"
 
 
+def prompts(base: Callable, rows: int, length: int) -> Tensor:
+    """Random token ids [rows, length]."""
+    return torch.randint(4, base().config.vocab_size, (rows, length))
+
+
 def pool_of(base: Callable, count: int, **config) -> torch.nn.Module:
     torch.manual_seed(0)
     tasks = [f"task_{i}" for i in range(count)]
@@ -41,7 +46,7 @@ def pool_of(base: Callable, count: int, **config) -> torch.nn.Module:
 def compare(args: argparse.Namespace, base: Callable) -> dict:
     """Tokens per second of every variant over those of plain LoRA."""
     pool = pool_of(base, args.tasks, r=args.rank)
-    ids = torch.randint(100, 40000, (args.batch, args.prompt))
+    ids = prompts(base, args.batch, args.prompt)
     settings = {"max_new_tokens": args.new, "min_new_tokens": args.new, "do_sample": False, "pad_token_id": 0}
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     plain = get_peft_model(base(), LoraConfig(task_type="CAUSAL_LM", r=args.rank, init_lora_weights=False)).eval()
@@ -60,7 +65,7 @@ def compare(args: argparse.Namespace, base: Callable) -> dict:
     runs = {
         "plain LoRA": lambda: plain.generate(**inputs, **settings),
         "pool": lambda: pool.generate(**inputs, **settings),
-        "pool, one task by name": lambda: pool.generate(**inputs, **settings, sapt_task="task_3"),
+        "pool, one task by name": lambda: pool.generate(**inputs, **settings, sapt_task=pool.tasks[0]),
         "Arrow": lambda: arrow.generate(**inputs, **settings),
     }
     slow = {
@@ -100,7 +105,7 @@ def long_pools(args: argparse.Namespace, base: Callable) -> dict:
     """Milliseconds per token at batch 1 for pools of several lengths, exact and with min_weight."""
     generator = torch.Generator().manual_seed(0)
     pools = {count: pool_of(base, count, r=args.rank, lora_alpha=1) for count in args.long}
-    ids = torch.randint(100, 40000, (1, args.prompt))
+    ids = prompts(base, 1, args.prompt)
     weights = {count: drawn_weights(count, generator) for count in pools}
     quantiles = torch.tensor([0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0])
     recorded = json.loads(RECORDED.read_text(encoding="utf-8"))
@@ -149,7 +154,7 @@ def long_pools(args: argparse.Namespace, base: Callable) -> dict:
 
 def steps(args: argparse.Namespace, base: Callable) -> dict:
     """Seconds of a training step and bytes of the pool as it grows."""
-    ids = torch.randint(100, 40000, (2, args.prompt))
+    ids = prompts(base, 2, args.prompt)
     labels = ids.clone()
     labels[:, : args.prompt // 2] = -100
     found = {}

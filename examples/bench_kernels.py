@@ -85,7 +85,11 @@ def compare(shape: Shape, dtype: torch.dtype, device: str, rounds: int, top: tim
         for times, floor in ((forward, ahead), (both, ahead + back)):
             low, middle, high = quartiles(times[name], times[PLAIN])
             typical = sorted(times[name])[len(times[name]) // 2]
-            row += [f"{typical * 1e3:.3f}", f"{middle:.2f} ({low:.2f} to {high:.2f})", f"{typical / floor:.1f}"]
+            row += [
+                f"{typical * 1e3:.3f}",
+                f"{middle:.2f} ({low:.2f} to {high:.2f})",
+                "" if name == PLAIN else f"{typical / floor:.1f}",
+            ]
         rows.append([*row, f"{saved[name] / 1e6:.2f}"])
     print(f"\n{floors.name(shape)}; floors {ahead * 1e3:.3f} and {(ahead + back) * 1e3:.3f} ms; errors "
           + ", ".join(f"{name} {error:.0e}" for name, error in errors.items()))  # fmt: skip

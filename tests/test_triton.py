@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from peft_sapt.ops import check, compile_gate, kernels, numerics, tiles
+from peft_sapt.ops import check, compile_gate, floors, kernels, numerics, tiles, timings
 
 ROOT = Path(__file__).parents[1]
 SOURCE = Path(kernels.__file__).read_text(encoding="utf-8")
@@ -87,6 +87,31 @@ def test_the_check_without_a_gpu(tmp_path: Path) -> None:
     assert len(rows) == sum(len(listed) * (2 if size == 2 else 1) for (_, size), listed in tiles.TILES.items())
     readme = (ROOT / "peft_sapt" / "ops" / "README.md").read_text(encoding="utf-8")
     assert [row for row in rows if row not in readme] == []
+
+
+def test_the_readme_has_the_floors() -> None:
+    readme = (ROOT / "peft_sapt" / "ops" / "README.md").read_text(encoding="utf-8")
+    assert floors.tables() in readme
+
+
+def test_floors_against_a_count_by_hand() -> None:
+    shape = floors.Shape(2, 3, 5, 7, 4, 2)  # 6 tokens, R = 8
+    assert floors.forward(shape).flops == 2 * 6 * 8 * (5 + 7)
+    read, written = 6 * 5 + 6 * 7 + 8 * (5 + 7), 6 * 7 + 6 * 8  # x, base, A, B; y, h
+    assert floors.forward(shape).bytes == 2 * (read + written) + 4 * 2 * 8  # gates in float32
+    # dy B^T, (G g) A, and A and B of the newest block
+    assert floors.backward(shape).flops == 2 * 6 * (8 * 7 + 8 * 5 + 2 * 5 + 2 * 7)
+
+
+def test_times_of_every_shape_are_measured() -> None:
+    top = timings.Ceilings(1e10, 1e11)
+    shapes = [floors.Shape(2, 4, 32, 16, 3, 2), floors.Shape(1, 1, 32, 16, 1, 2)]
+    found = timings.measure(shapes, ("torch", "reference"), torch.float32, "cpu", top)
+    assert [(t.shape, t.what) for t in found] == [(s, w) for s in shapes for w in ("forward", "forward + backward")]
+    assert all(set(t.by) == {"torch", "reference", "naive"} and min(t.by.values()) > 0 for t in found)
+    slower = found[0]._replace(by={"torch": 2.0, "naive": 1.0})
+    assert "loses to naive" in timings.table([slower]) and "loses" not in timings.table([slower._replace(
+        by={"torch": 1.0, "naive": 2.0})])  # fmt: skip
 
 
 def test_a_launch_picks_only_compiled_tiles() -> None:

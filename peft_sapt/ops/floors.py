@@ -68,7 +68,7 @@ def passes(tasks: int) -> dict[str, tuple[float, float, str]]:
     """Passes over [tokens, width] of a forward and of a backward, for width = out, and where they come from."""
     return {
         "floor": (3, 3, "x and base in, y out; dy and x in, dx out"),
-        "triton": (3, 4, "forward as the floor; backward: dy once more for dB"),
+        "triton": (3, 4, "forward as the floor, where L2 serves x to all rank tiles; backward: dy once more for dB"),
         "torch": (8, 7, "forward: x for frozen and for newest rows, base copied to y, y read and written by both "
                   "products; backward: dy twice, dx written, read and written, x for dA, dy for dB"),
         "naive loop of the official release": (

@@ -41,18 +41,19 @@ def shrink_kernel(
     With SPLITS > 1 the width is cut, and h is [SPLITS, tokens, rank] of partial sums in float32.
     """
     tiles = tl.cdiv(length, BLOCK_M)
-    tile = tl.program_id(0)
+    rank_tiles = tl.cdiv(rank, BLOCK_R)
+    tile = tl.program_id(0) // rank_tiles  # the tiles of a row of x run side by side, so that L2 serves all but one
     begin = (tile % tiles) * BLOCK_M
     row = (tile // tiles).to(tl.int64) * length + begin  # 64 bits once per tile; inside it 32 suffice
     m = tl.arange(0, BLOCK_M)
     real = m < length - begin
-    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    r = (tl.program_id(0) % rank_tiles) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = real[:, None] & (r < rank)[None, :]
     x_rows = x_ptr + row * width + m * width
     if ALIGNED:
         x_rows = tl.multiple_of(x_rows, 16)
     p_rows = factor_rows(old_ptr, new_ptr, tl.where(r < rank, r, 0), old_rank, width, ALIGNED)
-    first = tl.program_id(2) * split_width
+    first = tl.program_id(1) * split_width
     acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     for start in range(0, split_width, BLOCK_K):
         k = first + start + tl.arange(0, BLOCK_K)
@@ -62,7 +63,7 @@ def shrink_kernel(
     at = m[:, None] * rank + r[None, :]
     h_tile = h_ptr + row * rank
     if SPLITS > 1:
-        h_tile += tl.program_id(2).to(tl.int64) * tokens * rank
+        h_tile += tl.program_id(1).to(tl.int64) * tokens * rank
     tl.store(h_tile + at, acc.to(h_ptr.dtype.element_ty), mask=inside)
     if GATES > 0:
         gradient = acc * tl.load(saved_ptr + row * rank + at, mask=inside, other=0.0).to(tl.float32)

@@ -83,7 +83,7 @@ def shrink(
         mode = 0 if saved is None else 2 if per_row else 1
         rows = (0, count * row_tiles, tokens)[mode]
         dgate = torch.empty(rows, rank, device=x.device, dtype=torch.float32)
-        kernels.shrink_kernel[(count * row_tiles, rank_tiles, parts)](
+        kernels.shrink_kernel[(count * row_tiles * rank_tiles, parts)](
             x, factor.old, factor.new, h, h if saved is None else saved, dgate,
             tokens, length, factor.width, factor.old_rank, rank, split_width,
             GATES=mode, SPLITS=parts, **settings, BLOCK_M=tile.m, BLOCK_R=tile.r, BLOCK_K=tile.other,
