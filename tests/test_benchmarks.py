@@ -45,7 +45,7 @@ def test_peers_compute_the_same_sum_before_they_are_timed(kernels_script, capsys
     assert set(found["forward"]) == set(found["forward and backward"]) == PEERS
     assert all(len(times) == 2 for times in found["forward"].values())
     monkeypatch.setattr(kernels_script, "naive_sum", lambda x, base, *rest: base)
-    with pytest.raises(SystemExit, match="wrong before any timing.*naive loop"):
+    with pytest.raises(SystemExit, match=r"wrong before any timing.*naive loop"):
         kernels_script.compare(shape, torch.float32, "cpu", 2, top)
 
 
