@@ -55,37 +55,45 @@ def compare(args: argparse.Namespace, base: Callable) -> dict:
         for name, path in zip(pool.tasks, paths, strict=True):
             pool.export_task(name, path)
         arrow = create_arrow_model(base(), paths, ArrowConfig(top_k=args.tasks)).eval()
-        frozen = base()
-        frozen.config.use_cache = False  # X-LoRA refuses a cache: its weights are those of the whole sequence so far
-        adapters = {str(number): path for number, path in enumerate(paths)}
-        xlora_config = XLoraConfig(
-            task_type="CAUSAL_LM", hidden_size=frozen.config.hidden_size, xlora_depth=2, adapters=adapters
-        )
-        xlora = get_peft_model(frozen, xlora_config).eval()
+        xlora = xlora_model(base(), paths) if args.slow_rounds else None
+    print(f"T = {args.tasks}, r = {args.rank}, {args.batch} rows of {args.prompt} tokens, {args.new} new tokens, "
+          f"{torch.get_num_threads()} threads")  # fmt: skip
     runs = {
         "plain LoRA": lambda: plain.generate(**inputs, **settings),
         "pool": lambda: pool.generate(**inputs, **settings),
         "pool, one task by name": lambda: pool.generate(**inputs, **settings, sapt_task=pool.tasks[0]),
         "Arrow": lambda: arrow.generate(**inputs, **settings),
     }
-    slow = {
-        "pool, without cache": lambda: pool.generate(**inputs, **settings, use_cache=False),
-        "X-LoRA (has no cache)": lambda: xlora.generate(**inputs, **settings, use_cache=False),
-    }
-    times = alternate(runs, args.rounds)
-    both = (
-        alternate({"plain LoRA": runs["plain LoRA"], **slow}, args.slow_rounds, warmup=0) if args.slow_rounds else {}
-    )
-    tokens, rows = args.batch * args.new, []
-    for name, seconds in [*times.items(), *((n, both[n]) for n in slow if n in both)]:
-        reference = times["plain LoRA"] if name in times else both["plain LoRA"]
-        low, middle, high = quartiles(reference, seconds)  # speeds, so the ratio is turned over
+    found = {"fast": alternate(runs, args.rounds), "slow": {}}
+    show_rates(found["fast"], args.batch * args.new)
+    if xlora is not None:
+        slow = {
+            "plain LoRA": runs["plain LoRA"],
+            "pool, without cache": lambda: pool.generate(**inputs, **settings, use_cache=False),
+            "X-LoRA (has no cache)": lambda: xlora.generate(**inputs, **settings, use_cache=False),
+        }
+        found["slow"] = alternate(slow, args.slow_rounds, warmup=0)
+        show_rates(found["slow"], args.batch * args.new)
+    return found
+
+
+def xlora_model(base: torch.nn.Module, paths: list[str]) -> torch.nn.Module:
+    """X-LoRA over the LoRA folders in ``paths``; no cache, as its weights are those of the whole sequence."""
+    base.config.use_cache = False
+    adapters = {str(number): path for number, path in enumerate(paths)}
+    width = base.config.hidden_size
+    config = XLoraConfig(task_type="CAUSAL_LM", hidden_size=width, xlora_depth=2, adapters=adapters)
+    return get_peft_model(base, config).eval()
+
+
+def show_rates(times: dict[str, list[float]], tokens: int) -> None:
+    """Tokens per second of each variant, and over plain LoRA's in the same rounds."""
+    rows = []
+    for name, seconds in times.items():
+        low, middle, high = quartiles(times["plain LoRA"], seconds)  # speeds, so the ratio is turned over
         rate = tokens / sorted(seconds)[len(seconds) // 2]
         rows.append([name, f"{rate:.1f}", f"{middle:.3f} ({low:.3f} to {high:.3f})", str(len(seconds))])
-    print(f"T = {args.tasks}, r = {args.rank}, {args.batch} rows of {args.prompt} tokens, {args.new} new tokens, "
-          f"{torch.get_num_threads()} threads")  # fmt: skip
     print(table(["", "tokens/s", "over plain LoRA", "rounds"], rows), flush=True)
-    return {"fast": times, "slow": both}
 
 
 def drawn_weights(count: int, generator: torch.Generator) -> Tensor:

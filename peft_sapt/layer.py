@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import SaptConfig
 from .errors import WeightsError
-from .ops import gated_lora
+from .mixture import Mixture
+from .ops import gated_lora, held_lora
 from .pool import Linears, PoolModule, linear_from
 from .routing import Routing
 
@@ -115,6 +116,11 @@ class Linear(nn.Module, SaptLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # x [B, S, in] -> [B, S, out]
         base = self.base_layer(x, *args, **kwargs)
+        mixture = self.held_mixture()
+        if mixture is not None and self.routing.held is not None:
+            known = self.routing.held.get(self)
+            if known is not None and len(known[2]) == len(x) and x.dtype == known[0].dtype:
+                return held_lora(x, base, *known, mixture.config.kernel)
         adapter = next((a for a in self.active_adapters if a in self.sapt_A), None)
         if self.disable_adapters or adapter is None:
             return base
@@ -122,22 +128,27 @@ class Linear(nn.Module, SaptLayer):
             base = self.quantization_backend.maybe_clone_base_result(base)
         gates = self.gates_for(x)  # [B, R]
         config = self.configs[adapter]
-        a: Tensor | None = self.sapt_A[adapter].weight
-        b: Tensor | None = self.sapt_B[adapter].weight
+        a = self.sapt_A[adapter].weight
+        b = self.sapt_B[adapter].weight
         old_a = self.sapt_old_A[adapter].weight if adapter in self.sapt_old_A else None
         old_b = self.sapt_old_B[adapter].weight if adapter in self.sapt_old_B else None
-        x = x if torch.is_autocast_enabled(x.device.type) else x.to(self.sapt_A[adapter].weight.dtype)
+        x = x if torch.is_autocast_enabled(x.device.type) else x.to(a.dtype)
+        known = None if mixture is None else mixture.factors(self, (old_a, old_b, a, b))
+        if known is not None:
+            return held_lora(x, base, *known, config.kernel).to(base.dtype)
         new_x = self.sapt_dropout[adapter](x) if adapter in self.sapt_dropout and self.training else None
-        mixture = self.routing.mixture
-        if mixture is not None and mixture.few_gates is not None and not torch.is_grad_enabled():
-            if not torch.compiler.is_compiling():  # which would compile anew for every number of rows
-                (old_a, old_b), gates = mixture.gathered(self, (old_a, old_b, a, b)), mixture.few_gates
-                a = b = new_x = None
         result = gated_lora(
             x, base, old_a, old_b, a, b, gates,
             old_gradient=config.old_block_gradient, new_x=new_x, kernel=config.kernel,
         )  # fmt: skip
         return result.to(base.dtype)
+
+    def held_mixture(self) -> Mixture | None:
+        """The mixture of this forward, if it serves many forwards and none of them needs a gradient."""
+        mixture = self.routing.mixture
+        if mixture is None or not mixture.held or self.training or torch.is_grad_enabled():
+            return None
+        return None if torch.compiler.is_compiling() else mixture  # tracing would start anew for every number of rows
 
     def gates_for(self, x: Tensor) -> Tensor:
         gates = self.routing.gates

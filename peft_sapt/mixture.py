@@ -2,11 +2,13 @@
 
 While a sequence is generated its weights do not change, so what depends on them alone is made once: the gates, and
 where few blocks have any weight, the rows of those blocks, gathered by each layer at its first token. A token then
-costs what these blocks cost, however many others the pool holds.
+costs what these blocks cost, however many others the pool holds. Of a small pool whose blocks all count, the frozen
+and the newest rows are put together once for all sequences, which spares each token a product.
 """
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
@@ -17,6 +19,10 @@ from .ops import rank_gates
 from .weights import spread
 
 KEEP_AT_MOST = 0.5  # share of all ranks above which gathering rows would save less than it costs
+STACK_AT_MOST = 128  # ranks of a pool above which one product less is not worth a second copy of the factors
+Pair = tuple[Tensor, Tensor]
+Held = tuple[Tensor, Tensor, Tensor]  # factors [R', in] and [R', out] in one stack each, gates [B, R']
+Known = tuple[list[Any], Pair]  # factors, and what they were made of
 
 
 class Mixture:
@@ -29,7 +35,7 @@ class Mixture:
         self.few_gates: Tensor | None = None  # [B, R']
         self.held = False
         self._wider: Mixture | None = None
-        self._factors: dict[Any, tuple[list[Any], tuple[Tensor, Tensor]]] = {}
+        self._factors: MutableMapping[Any, Known] = {}
 
     def __reduce__(self) -> tuple[type[Mixture], tuple[Any, ...]]:
         return Mixture, (self.adapter, self.weights.detach().clone(), self.config)  # no layers, no gathered rows
@@ -62,29 +68,52 @@ class Mixture:
             self._keep(used.repeat_interleave(ranks).nonzero().flatten(), self._factors)
         return self
 
-    def _keep(self, rows: Tensor | None, factors: dict) -> None:
+    def _keep(self, rows: Tensor | None, factors: MutableMapping[Any, Known]) -> None:
         self.rows, self._factors = rows, factors
         self.few_gates = None if rows is None else self.gates[:, rows]
 
-    def gathered(self, layer: Any, parts: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor]:
-        """Rows [R', in] and [R', out] of ``layer``'s factors old_a, old_b, a, b; anew if one of them has changed."""
-        sources = [(part, _version(part)) for part in parts]
-        known = self._factors.get(layer)
-        if known is not None and all(p is q and v == w for (p, v), (q, w) in zip(known[0], sources, strict=True)):
-            return known[1]
-        old_a, old_b, a, b = parts
-        assert self.rows is not None and a is not None and b is not None
-        pair = _rows(old_a, a, self.rows), _rows(old_b, b, self.rows)
-        self._factors[layer] = (sources, pair)
-        return pair
+    def factors(self, layer: Any, parts: tuple[Tensor | None, ...]) -> Held | None:
+        """Factors [R', in] and [R', out] of ``layer``'s blocks in one stack each, and their gates [B, R'].
+
+        Args:
+            parts: the layer's factors old_a, old_b, a, b; the stacks are made anew if one of them has changed.
+
+        Returns:
+            None where all blocks of a large pool count: it is cheaper to take them as they lie.
+        """
+        if self.few_gates is not None:
+            held: Held = *_remembered(self._factors, layer, parts, self.rows), self.few_gates
+        elif self.gates.shape[-1] <= STACK_AT_MOST:
+            held = *_remembered(layer.routing.stacks, layer, parts, None), self.gates
+        else:
+            return None
+        if layer.routing.held is not None:
+            layer.routing.held[layer] = held
+        return held
 
 
-def _version(part: Tensor | None) -> int:
-    return 0 if part is None or part.is_inference() else part._version
+def _remembered(known: MutableMapping[Any, Known], layer: Any, parts: tuple, rows: Tensor | None) -> Pair:
+    sources = [(part, _state(part)) for part in parts]
+    before = known.get(layer)
+    if before is not None and all(p is q and v == w for (p, v), (q, w) in zip(before[0], sources, strict=True)):
+        return before[1]
+    old_a, old_b, a, b = parts
+    pair = _rows(old_a, a, rows), _rows(old_b, b, rows)
+    known[layer] = (sources, pair)
+    return pair
 
 
-def _rows(old: Tensor | None, new: Tensor, rows: Tensor) -> Tensor:
-    """``rows`` of the two stacked, without stacking them."""
+def _state(part: Tensor | None) -> tuple[int, int]:
+    """What changes when ``part`` is written to, or moved or cast in place."""
+    if part is None:
+        return 0, 0
+    return (0 if part.is_inference() else part._version), part.data_ptr()
+
+
+def _rows(old: Tensor | None, new: Tensor, rows: Tensor | None) -> Tensor:
+    """``rows`` of the two stacked, without stacking them; all of them for None."""
+    if rows is None:
+        return new if old is None else torch.cat([old, new])
     if old is None:
         return new[rows]
     count = old.shape[0]

@@ -145,11 +145,13 @@ class SaptModel(LoraExchange, BaseTuner):
     @contextmanager
     def _held(self, mixture: Mixture | None) -> Iterator[None]:
         """Let every forward inside use ``mixture``."""
-        previous, self._routing.session = self._routing.session, mixture
+        routing = self._routing
+        previous = routing.session, routing.held
+        routing.session, routing.held = mixture, None if mixture is None else {}
         try:
             yield
         finally:
-            self._routing.session = previous
+            routing.session, routing.held = previous
 
     def _may_generate_here(self, adapter: str, kwargs: dict[str, Any]) -> bool:
         """PeftModel without a generating task type calls the base model's ``generate`` itself, within PEFT's context.

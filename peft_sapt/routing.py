@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import threading
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from .attention import SharedAttention
 from .checkpointing import gate_checkpoints, ungate_checkpoints
 from .errors import PromptError, SaptError, TaskError, WeightsError
-from .mixture import Mixture
+from .mixture import Held, Known, Mixture
 from .pool import seal_heads
 from .pooling import is_encoder_decoder, read_prompts
 from .weights import check_weights, one_hot, select
@@ -37,7 +38,9 @@ class Routing(threading.local):
         self.gates: Tensor | None = None  # [B, R]
         self.owner: nn.Module | None = None  # the module whose forward they belong to
         self.session: Mixture | None = None  # while generate() runs
+        self.held: dict[nn.Module, Held] | None = None  # by layer, in a session, where no factor can change
         self.seen: dict[str, list[Tensor]] = {}  # by adapter: pooled prompts [b, d] of its current task's training
+        self.stacks: WeakKeyDictionary[nn.Module, Known] = WeakKeyDictionary()  # by layer, while nothing trains
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Routing:
         memo[id(self)] = fresh = Routing()
@@ -95,6 +98,7 @@ class PromptRouter:
         self.use(self.mixture_for(module, adapter, inputs))
         self.routing.owner = module
         if module.training and torch.is_grad_enabled():
+            self.routing.stacks.clear()
             gate_checkpoints(module, self.routing)
             if self.attention.head_is_shut(adapter):
                 seal_heads(module, adapter, sealed=True, trains=False)

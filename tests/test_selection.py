@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tiny import assert_real_pool, build_pool, padded, token_rows
 
 from peft_sapt.layer import SaptLayer
+from peft_sapt.mixture import STACK_AT_MOST
 from peft_sapt.ops import reference
 from peft_sapt.ops.bound import block_norms, dropped_bound
 from peft_sapt.routing import KEPT
@@ -173,3 +174,68 @@ def test_a_wide_mixture_is_not_gathered() -> None:
         cache = pool(**prompts, use_cache=True).past_key_values
         pool(input_ids=torch.tensor([[5], [6]]), past_key_values=cache)
     assert getattr(cache, KEPT).rows is None
+
+
+def written_equals_forward(pool, prompts: dict) -> None:
+    """Two tokens written from held factors have the logits of whole forwards, which take the blocks as they lie."""
+    options = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False, "output_logits": True}
+    found = pool.generate(**prompts, **options, return_dict_in_generate=True)
+    with torch.no_grad():
+        weights = pool.attention_weights(**prompts)
+        whole = pool(input_ids=found.sequences[:, :-1], sapt_weights=weights).logits[:, -2:]
+    torch.testing.assert_close(torch.stack(found.logits, dim=1), whole, atol=1e-4, rtol=1e-4, check_dtype=False)
+
+
+def change_in_place(pool) -> None:
+    with torch.no_grad():
+        for name, parameter in pool.named_parameters():
+            if ".sapt_old_B." in name:
+                parameter.mul_(3.0)
+
+
+def change_data(pool) -> None:
+    for name, parameter in pool.named_parameters():
+        if ".sapt_B." in name:
+            parameter.data = -parameter.data
+
+
+def train_a_step(pool) -> None:
+    pool.train()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    pool(input_ids=ids, labels=torch.tensor([[-100, -100, 7, 8]])).loss.backward()
+    assert not pool.base_model.prompt_router.routing.stacks
+    for parameter in pool.parameters():
+        if parameter.grad is not None:
+            parameter.data.add_(parameter.grad, alpha=-5.0)
+    pool.eval()
+
+
+CHANGES = {
+    "in place": change_in_place,
+    "another tensor": change_data,
+    "a training step": train_a_step,
+    "another dtype": lambda pool: pool.double(),
+    "a new task": lambda pool: pool.add_task("d"),
+    "a removed task": lambda pool: pool.remove_task("a"),
+    "another pool": lambda pool: (pool.add_adapter("other", copy.deepcopy(pool.peft_config["default"])),
+                                  pool.set_adapter("other")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_stacks_of_a_small_pool_follow_every_change(change: str) -> None:
+    pool = build_pool("llama", ["a", "b", "c"]).eval()
+    prompts = padded(token_rows([6, 6]))
+    assert_real_pool(pool.attention_weights(**prompts))
+    written_equals_forward(pool, prompts)
+    assert pool.base_model.prompt_router.routing.stacks
+    CHANGES[change](pool)
+    written_equals_forward(pool, prompts)
+    assert not copy.deepcopy(pool).base_model.prompt_router.routing.stacks
+
+
+def test_a_large_pool_is_not_stored_twice() -> None:
+    pool = build_pool("llama", [f"t{i}" for i in range(60)]).eval()
+    assert sum(pool.peft_config["default"].task_ranks) > STACK_AT_MOST
+    written_equals_forward(pool, padded(token_rows([6, 6])))
+    assert not pool.base_model.prompt_router.routing.stacks

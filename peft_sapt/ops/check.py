@@ -70,6 +70,7 @@ def in_a_graph() -> bool:
 
 
 def with_gpu(dtype: torch.dtype) -> tuple[bool, dict[str, Any]]:
+    """Numerics, a CUDA graph, ceilings and times on the GPU: whether the first two passed, and all that was found."""
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     results = numerics.run("triton", "cuda", (*numerics.SMALL, *numerics.LARGE))
     fine = print_errors("triton", "cuda", results) and in_a_graph()
@@ -83,6 +84,7 @@ def with_gpu(dtype: torch.dtype) -> tuple[bool, dict[str, Any]]:
 
 
 def without_gpu(architectures: tuple[int, ...], workers: int) -> tuple[bool, dict[str, Any]]:
+    """Numerics in the interpreter and the compile gate: whether all passed, and all that was found."""
     print("No GPU was used: there is none here. Nothing below is a measurement of speed on one.")
     plain = numerics.run("torch", "cpu")
     fine = print_errors("torch", "cpu", plain)
@@ -104,6 +106,7 @@ def without_gpu(architectures: tuple[int, ...], workers: int) -> tuple[bool, dic
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """The command; ``arguments`` are those of the process by default. Returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m peft_sapt.ops.check", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16", help="of the times on a GPU")
     known = tuple(compile_gate.ARCHITECTURES)

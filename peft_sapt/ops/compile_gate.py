@@ -23,6 +23,8 @@ OUTPUTS = {"shrink": "h_ptr", "expand": "y_ptr", "block_gradient": "out_ptr"}
 
 
 class Variant(NamedTuple):
+    """One kernel for one number type with one tile, in one of the modes in which it is launched."""
+
     kernel: str
     dtype: str
     tile: Tile

@@ -45,6 +45,7 @@ def milliseconds(run: Callable[[], object], device: str) -> float:
 
 
 def ceilings(device: str, dtype: torch.dtype) -> Ceilings:
+    """Bytes per second of a large copy and operations per second of a large product in ``dtype`` on ``device``."""
     size, edge = (1 << 30, 8192) if device == "cuda" else (1 << 26, 1024)
     data = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(data)
