@@ -147,6 +147,8 @@ def long_pools(args: argparse.Namespace, base: Callable) -> dict:
         milliseconds = 1e3 * sorted(seconds)[len(seconds) // 2]
         rows.append([name, f"{milliseconds:.1f}", f"{middle:.3f} ({low:.3f} to {high:.3f})"])
     print(table(["", "ms per token", f"over {first}"], rows))
+    medians = {count: sorted(times[f"T = {count}, exact"])[args.rounds * 5 // 2] for count in pools}
+    print("exact, " + fitted(medians))
     for count, pool in pools.items():
         layer = next(m for m in pool.modules() if isinstance(m, SaptLayer))
         parts = [layer.parts(name, "default", [args.rank] * count) for name in ("sapt_A", "sapt_B")]
@@ -179,10 +181,15 @@ def steps(args: argparse.Namespace, base: Callable) -> dict:
         rows.append([str(count), f"{state / 1e6:.0f}", f"{found[count]:.2f}"])
         del pool
     print(table(["T", "pool, MB", "seconds per step"], rows))
-    a = torch.tensor([[1.0, count] for count in found], dtype=torch.float64)
-    fit = torch.linalg.lstsq(a, torch.tensor(list(found.values()), dtype=torch.float64)).solution.tolist()
-    print(f"least squares: {fit[0]:.3f} s + {fit[1] * 1e3:.3f} ms per task")
+    print(fitted(found))
     return found
+
+
+def fitted(seconds: dict[int, float]) -> str:
+    """A line through seconds by number of tasks."""
+    a = torch.tensor([[1.0, count] for count in seconds], dtype=torch.float64)
+    fit = torch.linalg.lstsq(a, torch.tensor(list(seconds.values()), dtype=torch.float64)).solution.tolist()
+    return f"least squares: {fit[0] * 1e3:.1f} ms + {fit[1] * 1e3:.4f} ms per task"
 
 
 def main() -> None:

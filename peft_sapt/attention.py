@@ -60,6 +60,7 @@ class SharedAttention(nn.Module, PoolModule):
         for name in self.adapter_layer_names + self.other_param_names:
             setattr(self, name, nn.ModuleDict())
         self.configs: dict[str, SaptConfig] = {}
+        self.loaded: set[str] = set()  # adapters whose weights come from a file
         self.router: Any = None  # the PromptRouter that computes with this module
         self._disable_adapters = False
         self.merged_adapters = []
@@ -102,6 +103,7 @@ class SharedAttention(nn.Module, PoolModule):
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self.configs.pop(adapter_name, None)
+        self.loaded.discard(adapter_name)
         self.router.routing.seen.pop(adapter_name, None)
 
     def keys(self, adapter: str) -> Tensor:

@@ -80,6 +80,14 @@ class SaptLayer(PoolModule):
             if not any(p.device.type == "meta" for p in containers[adapter_name].parameters()):
                 containers[adapter_name].to(device)
 
+    def cast_adapter(self, adapter: str) -> None:
+        """Give the blocks the number type of the base layer, if that is a floating one."""
+        _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        if dtype is not None and dtype.is_floating_point:
+            for name in self.adapter_layer_names + self.other_param_names:
+                if adapter in getattr(self, name):
+                    getattr(self, name)[adapter].to(dtype)
+
     def new_block(self, rank: int, identity: bool = True) -> dict[str, Tensor]:
         """A and B as LoRA starts them: A Kaiming-uniform, B zero (or random, for tests)."""
         a = torch.empty(rank, self.in_features)

@@ -19,9 +19,9 @@ from .exchange import LoraExchange
 from .layer import Linear, SaptLayer, takes_as_linear
 from .mixture import Mixture
 from .pool import PoolModule
-from .pool_io import MANIFEST, build_manifest, check_loaded, read_manifest
 from .prompt_mask import inferred_mask
 from .routing import KEPT, SAPT_ARGUMENTS, PromptRouter, Routing, batch_of
+from .saving import PoolSaving
 from .tasks import seal_from_targets
 
 try:  # accelerate is PEFT's own dependency; a private move there must not break the import
@@ -30,7 +30,7 @@ except ImportError:  # pragma: no cover
     init_empty_weights = None
 
 
-class SaptModel(LoraExchange, BaseTuner):
+class SaptModel(LoraExchange, PoolSaving, BaseTuner):
     """A base model with one or more pools of LoRA blocks under a shared attention (SAPT, ACL 2024).
 
     Built by ``get_peft_model(model, SaptConfig(...))``; its methods are reachable on the [`PeftModel`] around it.
@@ -112,6 +112,18 @@ class SaptModel(LoraExchange, BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """As in PEFT; with False, new blocks get the number type of their layer, loaded ones keep that of the file.
+
+        The attention stays in float32, which its softmax needs and which costs next to nothing.
+        """
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype or adapter_name in self.attention.loaded:
+            return
+        for module in self.model.modules():
+            if isinstance(module, SaptLayer) and module.holds(adapter_name):
+                module.cast_adapter(adapter_name)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(child, AuxiliaryTrainingWrapper):  # a head, which need not have the weight PEFT would move
@@ -230,40 +242,6 @@ class SaptModel(LoraExchange, BaseTuner):
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         self._unload_and_optionally_merge(merge=True)
-
-    # --- saving and loading -------------------------------------------------------------------------------------
-
-    @classmethod
-    def _get_adapter_state_dict(
-        cls,
-        model: nn.Module,
-        config: SaptConfig,
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
-        unwanted_adapter_names: list[str],
-    ) -> dict[str, Tensor]:
-        state = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        named = {cls._remove_adapter_name_from_key(key, adapter_name): tensor for key, tensor in state.items()}
-        targets_key, targets = next((k, v) for k, v in state.items() if ".sapt_targets." in k)
-        manifest_key = targets_key.rsplit("sapt_targets", 1)[0] + f"{MANIFEST}.{adapter_name}"
-        committed = (targets.sum(dim=1) > 0).tolist()
-        return {**state, manifest_key: build_manifest(config, committed, named)}
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: SaptConfig, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        manifest = next((key for key in state_dict if key.endswith(MANIFEST)), None)
-        if manifest is None:
-            raise PoolFormatError(
-                "The weights have no manifest, so they are not a whole pool as save_pretrained or "
-                "get_peft_model_state_dict write it."
-            )
-        values = read_manifest(state_dict[manifest])
-        own = {key: tensor for key, tensor in state_dict.items() if ".sapt_" in key and key != manifest}
-        check_loaded(values, config, own)
-        rest = {key: tensor for key, tensor in state_dict.items() if key != manifest}
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, rest)
 
 
 def seal_after_load(model: nn.Module, incompatible: Any) -> None:

@@ -176,6 +176,19 @@ def test_label_smoothing_in_the_trainer(tmp_path) -> None:
     assert_same(recorded, gradients(plain))
 
 
+def test_a_loss_of_the_users_own_in_the_trainer(tmp_path) -> None:
+    """With ``compute_loss_func`` the labels stay outside of the model; the gradient is that of the model's loss."""
+    plain = build_pool("llama", ["a", "b", "c"]).train()
+    model, rows = copy.deepcopy(plain), rows_of("a", count=8)
+
+    def own_loss(outputs, labels, num_items_in_batch=None):
+        logits, wanted = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        return F.cross_entropy(logits, wanted, ignore_index=-100)
+
+    recorded = run(model, tmp_path, rows, PromptMaskCollator(collate), loss=own_loss)
+    assert_same(recorded, gradients_of(plain, lambda: plain(**collate(rows)).loss))
+
+
 def test_training_without_labels_in_the_call_warns(tmp_path) -> None:
     model = build_pool("llama", ["a", "b", "c"]).train()
     with pytest.warns(UserWarning, match="PromptMaskCollator"):
@@ -197,14 +210,15 @@ class Record(TrainerCallback):
         self.first = self.first or self.gradients
 
 
-def run(model, folder, rows, collator, callbacks=(), **settings) -> dict[str, torch.Tensor]:
+def run(model, folder, rows, collator, callbacks=(), loss=None, **settings) -> dict[str, torch.Tensor]:
     """One optimizer step of the stock Trainer over ``rows`` in order; the gradients it took."""
     record = Record()
     options = {"max_steps": 1, "max_grad_norm": 0, "remove_unused_columns": False, **settings}
     args = arguments(folder, **options)
     trainer = Trainer(
-        model=model, args=args, train_dataset=rows, data_collator=collator, callbacks=[record, *callbacks]
-    )
+        model=model, args=args, train_dataset=rows, data_collator=collator, callbacks=[record, *callbacks],
+        compute_loss_func=loss,
+    )  # fmt: skip
     trainer._get_train_sampler = lambda *a: torch.utils.data.SequentialSampler(rows)
     trainer.train()
     return record.gradients

@@ -15,8 +15,8 @@ PACKAGE = ROOT / "peft_sapt"
 ORDER = [
     "version", "errors", "files", "card", "ops", "config", "pool", "checkpointing", "prompt_mask",
     "packing", "collator", "weights", "attention", "pooling", "mixture", "routing", "layer",
-    "pool_io", "reading", "tasks", "lora_folder", "exchange", "model", "registration", "optimizer", "reflection",
-    "continual",
+    "pool_io", "reading", "tasks", "lora_folder", "exchange", "saving", "model", "registration", "optimizer",
+    "reflection", "continual",
 ]  # fmt: skip
 
 

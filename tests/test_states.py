@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from test_arm import collate, fresh_pool, tokenizer
 from tiny import PAD, build_pool, padded, tiny_llama, token_rows
 from transformers import LlamaConfig, LlamaForSequenceClassification
@@ -84,6 +86,39 @@ def test_frozen_blocks_are_never_rounded_by_a_half_precision_base(tmp_path) -> N
             for key, tensor in loaded.task_state(name).items():
                 assert torch.equal(tensor, model.task_state(name)[key]), (key, tensor.dtype)
         loaded.eval()(**padded(ROWS))
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_without_autocast_blocks_have_the_number_type_of_the_base_or_of_their_file(tmp_path, low_memory) -> None:
+    """New blocks are as small as plain LoRA's; what a file holds is never rounded."""
+
+    def low_base():
+        return tiny_llama().to(torch.bfloat16)
+
+    config = SaptConfig(task_type="CAUSAL_LM", tasks=["a", "b", "c"], init_weights=False)
+    small = get_peft_model(low_base(), config, autocast_adapter_dtype=False).eval()
+    blocks = {p.dtype for n, p in small.named_parameters() if ".sapt_A." in n or ".sapt_old_B." in n}
+    assert blocks == {torch.bfloat16}
+    attention = {p.dtype for n, p in small.named_parameters() if ".sapt_key." in n or ".sapt_query_down." in n}
+    assert attention == {torch.float32}
+    small.save_pretrained(tmp_path / "small")
+    build_pool("llama", ["a", "b", "c"]).save_pretrained(tmp_path / "wide")
+    settings = {"autocast_adapter_dtype": False, "low_cpu_mem_usage": low_memory}
+    for kind, dtype in (("small", torch.bfloat16), ("wide", torch.float32)):
+        loaded = PeftModel.from_pretrained(low_base(), tmp_path / kind, **settings).eval()
+        loaded.save_pretrained(tmp_path / "again")
+        first, again = (load_file(tmp_path / n / "adapter_model.safetensors") for n in (kind, "again"))
+        assert first.keys() == again.keys() and all(torch.equal(first[k], again[k]) for k in first)
+        assert {p.dtype for n, p in loaded.named_parameters() if ".sapt_A." in n} == {dtype}
+        loaded.add_adapter("new", copy.deepcopy(config), autocast_adapter_dtype=False)
+        assert {p.dtype for n, p in loaded.named_parameters() if ".sapt_A.new" in n} == {torch.bfloat16}
+        loaded(**padded(ROWS))
+    small.add_task("d")
+    small.train()
+    batch = padded(ROWS, "right")
+    small(**batch, labels=batch["input_ids"].index_fill(1, torch.tensor([0, 1]), -100)).loss.backward()
+    gradients = [p.grad for n, p in small.named_parameters() if ".sapt_A." in n]
+    assert all(g.dtype == torch.bfloat16 and g.isfinite().all() for g in gradients)
 
 
 def test_rows_of_padding_are_refused_at_commit() -> None:

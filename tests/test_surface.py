@@ -8,7 +8,14 @@ from peft import PeftModel, get_model_status, get_peft_model, inject_adapter_in_
 from test_arm import arguments, collate, rows_of, tokenizer
 from tiny import PAD, assert_real_pool, build_pool, padded, tiny_llama, tiny_t5, token_rows
 from torch import nn
-from transformers import AutoModelForCausalLM, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
+from transformers import (
+    AutoModelForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+)
 from zoo import TASKS, base_of, batch_of, pool_of, result
 
 from peft_sapt import ArmCallback, SaptConfig
@@ -180,6 +187,23 @@ def test_layers_that_flatten_rows_are_refused_by_name() -> None:
     model = get_peft_model(Flattening(), SaptConfig(target_modules=["gate"], token_dim=4, tasks=["a", "b"]))
     with pytest.raises(WeightsError, match=r"gate got 15 rows, but attention weights for 3.*target_modules"):
         model(torch.randn(3, 5, 12), sapt_weights=[0.5, 0.5])
+
+
+@pytest.mark.parametrize("target", ["gate", "experts"])
+def test_routers_and_experts_are_refused_by_name_and_the_rest_of_their_model_is_served(target) -> None:
+    sizes = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "pad_token_id": PAD}
+    torch.manual_seed(0)
+    base = MixtralForCausalLM(MixtralConfig(**sizes)).eval()
+    with pytest.raises(SaptError, match=rf"layers\.0\.mlp\.{target}.*Take it out of target_modules"):
+        get_peft_model(base, SaptConfig(task_type="CAUSAL_LM", target_modules=[target]))
+    model = get_peft_model(base, SaptConfig(task_type="CAUSAL_LM", tasks=["a", "b", "c"], init_weights=False)).eval()
+    weights = model.attention_weights(**padded(ROWS))
+    for i, row in enumerate(ROWS):
+        with torch.no_grad():
+            alone = model(**padded([row])).logits[0]
+        torch.testing.assert_close(logits(model)[i, -len(row) :], alone, atol=1e-4, rtol=1e-3)
+    assert weights.shape == (len(ROWS), 3)
 
 
 def test_layers_that_are_no_linears_are_refused_by_name() -> None:

@@ -1,0 +1,63 @@
+"""What PEFT asks of a tuner to save and load an adapter: the manifest goes in, and is checked on the way back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
+
+from .config import SaptConfig
+from .errors import PoolFormatError
+from .pool_io import MANIFEST, build_manifest, check_loaded, read_manifest
+
+
+class PoolSaving(BaseTuner):
+    """The state-dict hooks of [`SaptModel`]."""
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: SaptConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        state = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        named = {cls._remove_adapter_name_from_key(key, adapter_name): tensor for key, tensor in state.items()}
+        targets_key, targets = next((k, v) for k, v in state.items() if ".sapt_targets." in k)
+        manifest_key = targets_key.rsplit("sapt_targets", 1)[0] + f"{MANIFEST}.{adapter_name}"
+        committed = (targets.sum(dim=1) > 0).tolist()
+        return {**state, manifest_key: build_manifest(config, committed, named)}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: SaptConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        manifest = next((key for key in state_dict if key.endswith(MANIFEST)), None)
+        if manifest is None:
+            raise PoolFormatError(
+                "The weights have no manifest, so they are not a whole pool as save_pretrained or "
+                "get_peft_model_state_dict write it."
+            )
+        values = read_manifest(state_dict[manifest])
+        own = {key: tensor for key, tensor in state_dict.items() if ".sapt_" in key and key != manifest}
+        check_loaded(values, config, own)
+        rest = {key: tensor for key, tensor in state_dict.items() if key != manifest}
+        renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, rest)
+        keep_number_types(model, renamed)
+        attention: Any = getattr(model, "shared_attention", None)
+        if attention is not None:
+            attention.loaded.add(adapter_name)
+        return renamed
+
+
+def keep_number_types(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
+    """Widen parameters that would round what is about to be loaded: frozen blocks are never rounded."""
+    parameters = dict(model.named_parameters())
+    for key, tensor in state_dict.items():
+        parameter = parameters.get(key)
+        if parameter is not None and ".sapt_" in key:
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, tensor.dtype))
