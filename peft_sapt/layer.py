@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import SaptConfig
 from .errors import WeightsError
-from .mixture import Mixture
+from .mixture import Factors, Mixture
 from .ops import gated_lora, held_lora
 from .pool import Linears, PoolModule, linear_from
 from .routing import Routing
@@ -125,8 +125,9 @@ class Linear(nn.Module, SaptLayer):
         # x [B, S, in] -> [B, S, out]
         base = self.base_layer(x, *args, **kwargs)
         mixture = self.held_mixture()
-        if mixture is not None and self.routing.held is not None:
-            known = self.routing.held.get(self)
+        stacks = self.routing.stacks
+        if mixture is not None and stacks is not None:
+            known = mixture.stacked(stacks, self)
             if known is not None and len(known[2]) == len(x) and x.dtype == known[0].dtype:
                 return held_lora(x, base, *known, mixture.config.kernel)
         adapter = next((a for a in self.active_adapters if a in self.sapt_A), None)
@@ -136,17 +137,16 @@ class Linear(nn.Module, SaptLayer):
             base = self.quantization_backend.maybe_clone_base_result(base)
         gates = self.gates_for(x)  # [B, R]
         config = self.configs[adapter]
-        a = self.sapt_A[adapter].weight
-        b = self.sapt_B[adapter].weight
+        a, b = self.sapt_A[adapter].weight, self.sapt_B[adapter].weight
         old_a = self.sapt_old_A[adapter].weight if adapter in self.sapt_old_A else None
         old_b = self.sapt_old_B[adapter].weight if adapter in self.sapt_old_B else None
         x = x if torch.is_autocast_enabled(x.device.type) else x.to(a.dtype)
-        known = None if mixture is None else mixture.factors(self, (old_a, old_b, a, b))
-        if known is not None:
-            return held_lora(x, base, *known, config.kernel).to(base.dtype)
+        factors: Factors = (old_a, old_b, a, b, gates)
+        if mixture is not None:
+            factors = mixture.factors(self, (old_a, old_b, a, b))
         new_x = self.sapt_dropout[adapter](x) if adapter in self.sapt_dropout and self.training else None
         result = gated_lora(
-            x, base, old_a, old_b, a, b, gates,
+            x, base, *factors,
             old_gradient=config.old_block_gradient, new_x=new_x, kernel=config.kernel,
         )  # fmt: skip
         return result.to(base.dtype)

@@ -1,14 +1,13 @@
 """The weights of a batch of sequences, and what follows from them for as long as they are held.
 
 While a sequence is generated its weights do not change, so what depends on them alone is made once: the gates, and
-where few blocks have any weight, the rows of those blocks, gathered by each layer at its first token. A token then
-costs what these blocks cost, however many others the pool holds. Of a small pool whose blocks all count, the frozen
-and the newest rows are put together once for all sequences, which spares each token a product.
+where few blocks have any weight, the rows of the frozen ones among them, gathered by each layer at its first token. A
+token then costs what these blocks cost, however many others the pool holds. Within one ``generate``, where no block
+can change, a layer also puts frozen and newest rows in one stack, unless the pool is large and all of it counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
 from typing import Any
 
 import torch
@@ -20,9 +19,9 @@ from .weights import spread
 
 KEEP_AT_MOST = 0.5  # share of all ranks above which gathering rows would save less than it costs
 STACK_AT_MOST = 128  # ranks of a pool above which one product less is not worth a second copy of the factors
-Pair = tuple[Tensor, Tensor]
-Held = tuple[Tensor, Tensor, Tensor]  # factors [R', in] and [R', out] in one stack each, gates [B, R']
-Known = tuple[list[Any], Pair]  # factors, and what they were made of
+Stack = tuple[Tensor, Tensor, Tensor]  # factors [R', in] and [R', out], gates [B, R']
+Factors = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor]  # old_a, old_b, a, b, gates
+Known = tuple[list[Any], tuple[Tensor, Tensor]]  # gathered rows, and the parts that they were taken from
 
 
 class Mixture:
@@ -33,9 +32,10 @@ class Mixture:
         self.gates = rank_gates(weights, config.scalings, config.task_ranks or [])
         self.rows: Tensor | None = None  # [R'], ranks of the blocks with any weight, once held and if they are few
         self.few_gates: Tensor | None = None  # [B, R']
+        self._newest = False  # whether these include the newest block
         self.held = False
         self._wider: Mixture | None = None
-        self._factors: MutableMapping[Any, Known] = {}
+        self._old_rows: dict[Any, Known] = {}
 
     def __reduce__(self) -> tuple[type[Mixture], tuple[Any, ...]]:
         return Mixture, (self.adapter, self.weights.detach().clone(), self.config)  # no layers, no gathered rows
@@ -53,7 +53,7 @@ class Mixture:
             return self
         if self._wider is None or len(self._wider.weights) != batch:
             self._wider = Mixture(self.adapter, spread(self.weights, batch, what), self.config)
-            self._wider._keep(self.rows, self._factors)
+            self._wider._keep(self.rows, self)
             self._wider.held = self.held
         return self._wider
 
@@ -64,57 +64,57 @@ class Mixture:
         self.held = True
         used = (self.weights != 0).any(dim=0)  # [T]
         ranks = torch.tensor(self.config.task_ranks, device=used.device)
-        if int(ranks[used].sum()) <= KEEP_AT_MOST * self.gates.shape[-1]:
-            self._keep(used.repeat_interleave(ranks).nonzero().flatten(), self._factors)
+        if 0 < int(ranks[used].sum()) <= KEEP_AT_MOST * self.gates.shape[-1]:
+            self._newest = bool(used[-1])
+            self._keep(used.repeat_interleave(ranks).nonzero().flatten(), self)
         return self
 
-    def _keep(self, rows: Tensor | None, factors: MutableMapping[Any, Known]) -> None:
-        self.rows, self._factors = rows, factors
+    def _keep(self, rows: Tensor | None, other: Mixture) -> None:
+        self.rows, self._newest, self._old_rows = rows, other._newest, other._old_rows
         self.few_gates = None if rows is None else self.gates[:, rows]
 
-    def factors(self, layer: Any, parts: tuple[Tensor | None, ...]) -> Held | None:
-        """Factors [R', in] and [R', out] of ``layer``'s blocks in one stack each, and their gates [B, R'].
+    def stacked(self, stacks: dict[Any, Stack], layer: Any) -> Stack | None:
+        """The stack that ``layer`` made for this very mixture in the generation under way."""
+        known, gates = stacks.get(layer), self.gates if self.few_gates is None else self.few_gates
+        return known if known is not None and known[2] is gates else None
 
-        Args:
-            parts: the layer's factors old_a, old_b, a, b; the stacks are made anew if one of them has changed.
+    def factors(self, layer: Any, parts: tuple[Tensor | None, Tensor | None, Tensor, Tensor]) -> Factors:
+        """Those of ``layer``'s factors old_a, old_b, a, b that count, and their gates.
 
-        Returns:
-            None where all blocks of a large pool count: it is cheaper to take them as they lie.
+        The newest block is taken as it is now, since an optimizer may write to it without a trace; frozen rows are
+        gathered once, and anew when their tensors are others.
         """
+        old_a, old_b, a, b = parts
+        found: Factors = (*parts, self.gates)
         if self.few_gates is not None:
-            held: Held = *_remembered(self._factors, layer, parts, self.rows), self.few_gates
-        elif self.gates.shape[-1] <= STACK_AT_MOST:
-            held = *_remembered(layer.routing.stacks, layer, parts, None), self.gates
-        else:
-            return None
-        if layer.routing.held is not None:
-            layer.routing.held[layer] = held
-        return held
+            rows = self._gathered(layer, old_a, old_b)
+            newest = (a, b) if self._newest else (None, None)
+            found = (*rows, *newest, self.few_gates)
+        stacks = layer.routing.stacks
+        if stacks is not None and found[-1].shape[-1] <= STACK_AT_MOST:
+            stack = _joined(found[0], found[2]), _joined(found[1], found[3]), found[-1]
+            stacks[layer] = stack
+            return stack[0], stack[1], None, None, stack[2]
+        return found
+
+    def _gathered(self, layer: Any, old_a: Tensor | None, old_b: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        if old_a is None or old_b is None or self.rows is None:
+            return None, None
+        sources = [(part, _state(part)) for part in (old_a, old_b)]
+        known = self._old_rows.get(layer)
+        if known is None or any(p is not q or v != w for (p, v), (q, w) in zip(known[0], sources, strict=True)):
+            rows = self.rows[self.rows < old_a.shape[0]]
+            if not len(rows):
+                return None, None
+            known = self._old_rows[layer] = sources, (old_a[rows], old_b[rows])
+        return known[1]
 
 
-def _remembered(known: MutableMapping[Any, Known], layer: Any, parts: tuple, rows: Tensor | None) -> Pair:
-    sources = [(part, _state(part)) for part in parts]
-    before = known.get(layer)
-    if before is not None and all(p is q and v == w for (p, v), (q, w) in zip(before[0], sources, strict=True)):
-        return before[1]
-    old_a, old_b, a, b = parts
-    pair = _rows(old_a, a, rows), _rows(old_b, b, rows)
-    known[layer] = (sources, pair)
-    return pair
-
-
-def _state(part: Tensor | None) -> tuple[int, int]:
+def _state(part: Tensor) -> tuple[int, int]:
     """What changes when ``part`` is written to, or moved or cast in place."""
-    if part is None:
-        return 0, 0
     return (0 if part.is_inference() else part._version), part.data_ptr()
 
 
-def _rows(old: Tensor | None, new: Tensor, rows: Tensor | None) -> Tensor:
-    """``rows`` of the two stacked, without stacking them; all of them for None."""
-    if rows is None:
-        return new if old is None else torch.cat([old, new])
-    if old is None:
-        return new[rows]
-    count = old.shape[0]
-    return torch.cat([old[rows[rows < count]], new[rows[rows >= count] - count]])
+def _joined(old: Tensor | None, new: Tensor | None) -> Tensor:
+    parts = [part for part in (old, new) if part is not None]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -72,7 +72,13 @@ class SaptModel(LoraExchange, PoolSaving, BaseTuner):
         config.token_dim = checked_token_dim(config.token_dim, embedding)
         known: SharedAttention | None = getattr(model, "shared_attention", None)
         self._routing: Routing = Routing() if known is None else known.router.routing
-        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        if known is not None:  # so that no name in modules_to_save, as "norm", is found in the attention
+            del model.shared_attention
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        finally:
+            if known is not None:
+                model.shared_attention = known
         if known is None:
             attention = SharedAttention()
             attention.router = PromptRouter(attention, self._routing)
@@ -158,12 +164,12 @@ class SaptModel(LoraExchange, PoolSaving, BaseTuner):
     def _held(self, mixture: Mixture | None) -> Iterator[None]:
         """Let every forward inside use ``mixture``."""
         routing = self._routing
-        previous = routing.session, routing.held
-        routing.session, routing.held = mixture, None if mixture is None else {}
+        previous = routing.session, routing.stacks
+        routing.session, routing.stacks = mixture, None if mixture is None else {}
         try:
             yield
         finally:
-            routing.session, routing.held = previous
+            routing.session, routing.stacks = previous
 
     def _may_generate_here(self, adapter: str, kwargs: dict[str, Any]) -> bool:
         """PeftModel without a generating task type calls the base model's ``generate`` itself, within PEFT's context.
@@ -191,6 +197,12 @@ class SaptModel(LoraExchange, PoolSaving, BaseTuner):
         self._routing.clear()
         with self._held(self._generation_mixture(adapter, args, {**kwargs, **given})):
             return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        raise SaptError(
+            "Continuous batching (generate_batch) is not supported: it flattens the tokens of all requests into one "
+            "row, so that no prompt can be told from another. Use generate with a left-padded batch."
+        )
 
     def _generation_mixture(self, adapter: str, args: tuple, kwargs: dict[str, Any]) -> Mixture | None:
         inputs = dict(kwargs)
@@ -242,6 +254,9 @@ class SaptModel(LoraExchange, PoolSaving, BaseTuner):
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         self._unload_and_optionally_merge(merge=True)
+
+    def unmerge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        raise SaptError("There is nothing to unmerge: a pool is never merged into its base model.")
 
 
 def seal_after_load(model: nn.Module, incompatible: Any) -> None:

@@ -30,6 +30,11 @@ def digest(tensor: Tensor) -> str:
     return sha.hexdigest()
 
 
+def plain_name(name: str) -> str:
+    """A tensor's name within the base model: PEFT puts a prefix before it, transformers' own adapters do not."""
+    return name.removeprefix("base_model.model.")
+
+
 def build_manifest(config: SaptConfig, committed: list[bool], tensors: dict[str, Tensor]) -> Tensor:
     """The manifest of a pool as a uint8 tensor of JSON; ``tensors`` by the names they have in the file."""
     values = {
@@ -40,7 +45,7 @@ def build_manifest(config: SaptConfig, committed: list[bool], tensors: dict[str,
         "replay_rows": config.replay_rows,
         "committed": committed,
         "token_dim": config.token_dim,
-        "sha256": {name: digest(tensor) for name, tensor in sorted(tensors.items())},
+        "sha256": {plain_name(name): digest(tensor) for name, tensor in sorted(tensors.items())},
     }
     return torch.frombuffer(bytearray(json.dumps(values, sort_keys=True).encode()), dtype=torch.uint8).clone()
 
@@ -93,6 +98,8 @@ def check_loaded(values: dict[str, Any], config: SaptConfig, tensors: dict[str, 
     digests = values.get("sha256")
     if not isinstance(digests, dict):
         raise PoolFormatError("The pool's manifest has no digests: the weights file is damaged.")
+    digests = {plain_name(str(name)): value for name, value in digests.items()}
+    tensors = {plain_name(name): tensor for name, tensor in tensors.items()}
     missing, foreign = sorted(set(digests) - set(tensors)), sorted(set(tensors) - set(digests))
     if missing or foreign:
         raise PoolFormatError(

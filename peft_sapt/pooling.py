@@ -99,7 +99,7 @@ def _prompt_mask(
         mask = inferred_mask(ids, getattr(settings, "pad_token_id", None), getattr(settings, "eos_token_id", None))
     else:
         mask = torch.ones(shape, dtype=torch.bool, device=inputs["inputs_embeds"].device)
-    if is_encoder_decoder(module) or config.task_type not in (None, "CAUSAL_LM"):
+    if is_encoder_decoder(module) or not answers_in_its_row(module, config):
         return mask
     if labels is not None and labels.shape == mask.shape:
         return before_labels(mask, labels) if segments is None else before_labels_in_segments(mask, labels, segments)
@@ -111,6 +111,14 @@ def _prompt_mask(
             stacklevel=2,
         )
     return mask
+
+
+def answers_in_its_row(module: nn.Module, config: SaptConfig) -> bool:
+    """Whether labels continue the prompt, as for a decoder-only language model, or mark tokens of an encoder."""
+    if config.task_type is not None:
+        return config.task_type == "CAUSAL_LM"
+    asked = getattr(module, "can_generate", None)
+    return bool(asked()) if callable(asked) else True
 
 
 def with_padding(module: nn.Module, pooled: Tensor, mask: Tensor, inputs: dict[str, Any]) -> Tensor:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import inspect
 import threading
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from .attention import SharedAttention
 from .checkpointing import gate_checkpoints, ungate_checkpoints
 from .errors import PromptError, SaptError, TaskError, WeightsError
-from .mixture import Held, Known, Mixture
+from .mixture import Mixture, Stack
 from .pool import seal_heads
 from .pooling import is_encoder_decoder, read_prompts
 from .weights import check_weights, one_hot, select
@@ -37,10 +36,10 @@ class Routing(threading.local):
         self.weights: Tensor | None = None  # [B, T]
         self.gates: Tensor | None = None  # [B, R]
         self.owner: nn.Module | None = None  # the module whose forward they belong to
+        self.cache: Any = None  # that this forward was given to fill
         self.session: Mixture | None = None  # while generate() runs
-        self.held: dict[nn.Module, Held] | None = None  # by layer, in a session, where no factor can change
+        self.stacks: dict[nn.Module, Stack] | None = None  # by layer, in a session, where no factor can change
         self.seen: dict[str, list[Tensor]] = {}  # by adapter: pooled prompts [b, d] of its current task's training
-        self.stacks: WeakKeyDictionary[nn.Module, Known] = WeakKeyDictionary()  # by layer, while nothing trains
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Routing:
         memo[id(self)] = fresh = Routing()
@@ -50,7 +49,7 @@ class Routing(threading.local):
         return Routing, ()
 
     def clear(self) -> None:
-        self.mixture = self.weights = self.gates = self.owner = None
+        self.mixture = self.weights = self.gates = self.owner = self.cache = None
 
 
 class PromptRouter:
@@ -89,6 +88,8 @@ class PromptRouter:
         given = {name: kwargs.pop(name) for name in SAPT_ARGUMENTS if name in kwargs}
         if getattr(module, "_is_replica", False):
             raise SaptError("nn.DataParallel is not supported: start the script with torchrun or accelerate launch.")
+        if type(kwargs.get("cache")).__name__.startswith("Paged"):
+            raise SaptError("Continuous batching is not supported: its rows hold tokens of several requests.")
         adapter = self.active()
         inside = self.routing.weights is not None and module is not self.base  # an encoder in a routed forward
         if adapter is None or inside:
@@ -96,9 +97,8 @@ class PromptRouter:
         self.routing.clear()  # an interrupted forward (KeyboardInterrupt) leaves its weights behind
         inputs = {**named_arguments(module, args), **kwargs, **given}
         self.use(self.mixture_for(module, adapter, inputs))
-        self.routing.owner = module
+        self.routing.owner, self.routing.cache = module, inputs.get("past_key_values")
         if module.training and torch.is_grad_enabled():
-            self.routing.stacks.clear()
             gate_checkpoints(module, self.routing)
             if self.attention.head_is_shut(adapter):
                 seal_heads(module, adapter, sealed=True, trains=False)
@@ -113,7 +113,7 @@ class PromptRouter:
         mixture = routing.mixture
         if mixture is None or routing.owner is not module:
             return
-        cache = getattr(output, "past_key_values", None)
+        cache = getattr(output, "past_key_values", routing.cache)
         if mixture.weights.dim() == 3:
             pass  # per token of packed rows: nothing that a next token could continue
         elif cache is not None and not isinstance(cache, tuple):
@@ -129,7 +129,7 @@ class PromptRouter:
             weights = self.given_weights(adapter, inputs, batch, self.attention.weight.device)
             self.check_trainable(inputs, adapter, module)
             return Mixture(adapter, weights, config)
-        if self.routing.session is not None:
+        if self.routing.session is not None and self.routing.session.adapter == adapter:
             return self.routing.session.spread(batch, "this generation")
         cache = inputs.get("past_key_values")
         if cache is not None and hasattr(cache, "get_seq_length") and int(cache.get_seq_length()) > 0:

@@ -31,7 +31,7 @@ def one_hot(names: str | list[str], tasks: list[str], batch: int, device: torch.
 
 
 def check_weights(weights: Tensor, tasks: list[str], batch: int, device: torch.device) -> Tensor:
-    """Weights of the caller as [B, T] in float32, or in float64 if given so."""
+    """Weights of the caller as [B, T] in float32; one row stands for all."""
     if not isinstance(weights, Tensor):
         weights = torch.tensor(weights, dtype=torch.float32)
     if weights.dim() == 1:

@@ -119,7 +119,10 @@ def test_saved_and_loaded_bit_for_bit(family: str, committed: bool, tmp_path) ->
     assert torch.equal(logits(auto.from_pretrained(tmp_path / "again")), logits(model))
     loaded.add_task("d")  # a pool loaded for inference goes on learning
     step(loaded)
-    assert torch.equal(logits(loaded, sapt_task="b"), logits(model, sapt_task="b"))
+    assert digests(loaded, "b") == digests(model, "b")
+    torch.testing.assert_close(  # products of another size may add up in another order
+        logits(loaded, sapt_task="b"), logits(model, sapt_task="b"), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_removing_a_task_leaves_the_others_as_they_were(family: str) -> None:
@@ -132,7 +135,7 @@ def test_removing_a_task_leaves_the_others_as_they_were(family: str) -> None:
         assert model.tasks == kept
         for name in kept:
             assert digests(model, name) == before[name][0]
-            torch.testing.assert_close(logits(model, sapt_task=name), before[name][1], atol=1e-6, rtol=0)
+            torch.testing.assert_close(logits(model, sapt_task=name), before[name][1], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(model.attention_weights(**padded(ROWS)).sum(1), torch.ones(len(ROWS)))
 
 

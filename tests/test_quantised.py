@@ -19,7 +19,7 @@ def quantised(bits: int) -> nn.Module:
     torch.manual_seed(0)
     model = tiny_llama()
     for name, module in list(model.named_modules()):
-        if not name.endswith("_proj"):
+        if not name.endswith("_proj") or module.in_features % 64:  # bitsandbytes packs whole blocks on some CPUs
             continue
         sizes = module.in_features, module.out_features
         if bits == 4:
@@ -56,12 +56,13 @@ def test_forward_gradient_and_loading(bits, tmp_path) -> None:
 
     labels = batch["input_ids"].clone()
     labels[:, :-1] = -100
-    model.train()(**batch, labels=labels).loss.backward()
-    found = {n for n, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
-    assert found == {n for n, p in model.named_parameters() if p.requires_grad}
+    trained = pool_on(quantised(bits)).train()  # an answer may pack 4-bit weights so that they have no gradient later
+    trained(**batch, labels=labels).loss.backward()
+    found = {n for n, p in trained.named_parameters() if p.grad is not None and bool(p.grad.any())}
+    assert found == {n for n, p in trained.named_parameters() if p.requires_grad}
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(quantised(bits), tmp_path).eval()
     with torch.no_grad():
         assert torch.equal(loaded(**batch).logits, logits)
-        base = model.unload().eval()
+        base = pool_on(quantised(bits)).unload().eval()
         torch.testing.assert_close(base(**batch).logits, quantised(bits)(**batch).logits)

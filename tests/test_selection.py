@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import assert_real_pool, build_pool, padded, token_rows
+from transformers import LogitsProcessor
 
 from peft_sapt.layer import SaptLayer
 from peft_sapt.mixture import STACK_AT_MOST
@@ -199,21 +200,31 @@ def change_data(pool) -> None:
             parameter.data = -parameter.data
 
 
+def change_data_in_place(pool) -> None:
+    for name, parameter in pool.named_parameters():
+        if ".sapt_B." in name:
+            parameter.data.mul_(-2.0)  # as moving averages do: leaves no trace in the version counter
+
+
 def train_a_step(pool) -> None:
-    pool.train()
-    ids = torch.tensor([[5, 6, 7, 8]])
-    pool(input_ids=ids, labels=torch.tensor([[-100, -100, 7, 8]])).loss.backward()
-    assert not pool.base_model.prompt_router.routing.stacks
-    for parameter in pool.parameters():
-        if parameter.grad is not None:
-            parameter.data.add_(parameter.grad, alpha=-5.0)
-    pool.eval()
+    """In eval mode, with the Trainer's default optimizer, whose fused steps leave no trace either."""
+    trained = [p for p in pool.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.1, fused=True)
+    pool(input_ids=torch.tensor([[5, 6, 7, 8]]), labels=torch.tensor([[-100, -100, 7, 8]])).loss.backward()
+    optimizer.step()
+
+
+def write_to_views(pool) -> None:
+    for view in pool.task_state("c").values():
+        view.mul_(-3.0)
 
 
 CHANGES = {
     "in place": change_in_place,
     "another tensor": change_data,
+    "its data in place": change_data_in_place,
     "a training step": train_a_step,
+    "views of a task": write_to_views,
     "another dtype": lambda pool: pool.double(),
     "a new task": lambda pool: pool.add_task("d"),
     "a removed task": lambda pool: pool.remove_task("a"),
@@ -228,14 +239,78 @@ def test_stacks_of_a_small_pool_follow_every_change(change: str) -> None:
     prompts = padded(token_rows([6, 6]))
     assert_real_pool(pool.attention_weights(**prompts))
     written_equals_forward(pool, prompts)
-    assert pool.base_model.prompt_router.routing.stacks
     CHANGES[change](pool)
     written_equals_forward(pool, prompts)
-    assert not copy.deepcopy(pool).base_model.prompt_router.routing.stacks
+    assert pool.base_model.prompt_router.routing.stacks is None
 
 
-def test_a_large_pool_is_not_stored_twice() -> None:
-    pool = build_pool("llama", [f"t{i}" for i in range(60)]).eval()
-    assert sum(pool.peft_config["default"].task_ranks) > STACK_AT_MOST
-    written_equals_forward(pool, padded(token_rows([6, 6])))
-    assert not pool.base_model.prompt_router.routing.stacks
+@pytest.mark.parametrize("change", [change_data_in_place, train_a_step])
+def test_a_kept_cache_reads_the_newest_block_as_it_is(change) -> None:
+    pool = build_pool("llama", TASKS).eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        cache = pool(input_ids=ids, sapt_task=TASKS[-1], use_cache=True).past_key_values
+        pool(input_ids=ids[:, :1], past_key_values=cache)
+    change(pool)
+    with torch.no_grad():
+        twin = copy.deepcopy(cache)
+        found = pool(input_ids=ids[:, :1], past_key_values=cache).logits
+        assert torch.equal(found, copy.deepcopy(pool)(input_ids=ids[:, :1], past_key_values=twin).logits)
+
+
+class Watch(LogitsProcessor):
+    """Calls ``look`` before each token."""
+
+    def __init__(self, look) -> None:
+        self.look = look
+
+    def __call__(self, ids, scores):
+        self.look(ids, scores)
+        return scores
+
+
+@pytest.mark.parametrize(("count", "stacked"), [(3, True), (60, False)])
+def test_a_large_pool_is_not_stored_twice(count: int, stacked: bool) -> None:
+    pool = build_pool("llama", [f"t{i}" for i in range(count)]).eval()
+    assert (sum(pool.peft_config["default"].task_ranks) <= STACK_AT_MOST) == stacked
+    prompts = padded(token_rows([6, 6]))
+    written_equals_forward(pool, prompts)
+    seen = []
+    look = Watch(lambda *_: seen.append(len(pool.base_model.prompt_router.routing.stacks)))
+    pool.generate(**prompts, max_new_tokens=2, logits_processor=[look])
+    layers = sum(isinstance(m, SaptLayer) for m in pool.modules())
+    assert set(seen) == {layers if stacked else 0}
+
+
+@pytest.mark.parametrize("ranks", [[2, 3, 4], [5, 2, 1]])
+def test_another_pool_answers_for_itself_inside_a_generation(ranks: list[int]) -> None:
+    """As in contrastive decoding, where each token compares two models."""
+    pool = build_pool("llama", ["a", "b", "c"]).eval()
+    other = copy.deepcopy(pool.peft_config["default"])
+    other.task_ranks = ranks
+    pool.add_adapter("other", other)
+    twin = copy.deepcopy(pool)
+    twin.set_adapter("other")
+    prompts = padded(token_rows([6, 6]))
+    plain = pool.generate(**prompts, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+
+    def look(ids, scores) -> None:
+        pool.set_adapter("other")
+        found = pool(input_ids=ids).logits[:, -1]
+        pool.set_adapter("default")
+        torch.testing.assert_close(found, twin(input_ids=ids).logits[:, -1], atol=1e-5, rtol=1e-4)
+        by_hand = pool(input_ids=ids, sapt_task="a").logits[:, -1]
+        assert not torch.allclose(by_hand, scores, atol=1e-3)
+
+    settings_ = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    assert torch.equal(pool.generate(**prompts, **settings_, logits_processor=[Watch(look)]), plain)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_weights_of_zero_leave_the_base_model(beams: int) -> None:
+    pool = build_pool("llama", ["a", "b", "c"]).eval()
+    settings_ = {"max_new_tokens": 4, "do_sample": False, "num_beams": beams}
+    prompts = padded(token_rows([6, 4]))
+    found = pool.generate(**prompts, **settings_, sapt_weights=[0.0, 0.0, 0.0])
+    with pool.disable_adapter():
+        assert torch.equal(found, pool.generate(**prompts, **settings_))

@@ -5,11 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import PeftModel, get_model_status, get_peft_model, inject_adapter_in_model
+from peft.utils import AuxiliaryTrainingWrapper
 from test_arm import arguments, collate, rows_of, tokenizer
 from tiny import PAD, assert_real_pool, build_pool, padded, tiny_llama, tiny_t5, token_rows
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    DynamicCache,
     MixtralConfig,
     MixtralForCausalLM,
     Seq2SeqTrainer,
@@ -85,6 +89,59 @@ def test_transformers_own_adapters(saved) -> None:
 def test_auto_model_of_an_adapter_folder(saved) -> None:
     folder, expected = saved
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(folder / "pool").eval()), expected)
+
+
+def test_what_transformers_saves_opens_as_a_peft_model(tmp_path) -> None:
+    base = base_of("Llama")
+    base.add_adapter(SaptConfig(task_type="CAUSAL_LM", tasks=["a", "b", "c"], init_weights=False))
+    expected = logits(base.eval())
+    base.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base_of("Llama"), tmp_path).eval()
+    assert torch.equal(logits(loaded), expected) and loaded.tasks == ["a", "b", "c"]
+
+
+def test_saved_modules_are_never_looked_for_in_the_attention(tmp_path) -> None:
+    """A second adapter that saves every "norm" of the base, as plain LoRA's may."""
+    full = {"modules_to_save": ["embed_tokens", "norm", "key"], "target_modules": ["q_proj"]}
+    model = get_peft_model(tiny_llama(), SaptConfig(task_type="CAUSAL_LM", task_name="x", **full))
+    model.add_adapter("b", SaptConfig(task_type="CAUSAL_LM", task_name="y", **full))
+    model.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, "c")
+    wrapped = {n for n, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)}
+    assert {"base_model.model.model.embed_tokens", "base_model.model.model.norm"} <= wrapped
+    assert not [name for name in wrapped if "shared_attention" in name]
+
+
+def test_masked_tokens_of_an_encoder_do_not_end_its_prompt() -> None:
+    """Masked language models have no task type of their own: with and without labels the query is the whole row."""
+    sizes = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    base = BertForMaskedLM(BertConfig(**sizes, num_attention_heads=4, pad_token_id=PAD))
+    model = get_peft_model(base, SaptConfig(tasks=["a", "b", "c"], init_weights=False)).train()
+    batch = padded(token_rows([6, 6]))
+    labels = torch.full_like(batch["input_ids"], -100)
+    labels[:, [0, 3]] = batch["input_ids"][:, [0, 3]]
+    model(**batch, labels=labels).loss.backward()
+    seen = model.base_model.prompt_router.routing.seen["default"]
+    torch.testing.assert_close(torch.cat(seen), model.base_model.pooled_prompts([batch]))
+
+
+def test_what_cannot_work_on_a_pool_is_refused() -> None:
+    model = pool_of("Llama")
+    with pytest.raises(SaptError, match="Continuous batching"):
+        model.generate_batch([[1, 2, 3]])
+    with pytest.raises(SaptError, match="nothing to unmerge"):
+        model.unmerge_adapter()
+
+
+def test_a_cache_is_marked_by_a_forward_that_returns_a_tuple() -> None:
+    model, cache = pool_of("Llama"), DynamicCache()
+    step = {"input_ids": torch.full((len(ROWS), 1), 7)}
+    with torch.no_grad():
+        model(**padded(ROWS), past_key_values=cache, return_dict=False)
+        found = model(**step, past_key_values=cache, return_dict=False)[0]
+        other = model(**padded(ROWS), use_cache=True).past_key_values
+        assert torch.equal(found, model(**step, past_key_values=other).logits)
 
 
 def test_injection_without_a_wrapper() -> None:
