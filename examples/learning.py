@@ -46,6 +46,7 @@ class Budget:
     generator_lr: float = 5e-3
     draw_batch: int = 64
     align_steps: int = 400
+    router: str = "attention"
     seed: int = 0
 
 
@@ -230,6 +231,7 @@ def learn_sapt(bench: Bench) -> tuple[PeftModel, ArmCallback, dict[str, Any]]:
         r=budget.r,
         lora_alpha=budget.lora_alpha,
         layers_to_transform=bench.upper_layers(),
+        router=budget.router,
     )
     model = get_peft_model(bench.fresh(), config)
     arm = ArmCallback(

@@ -10,10 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .closed_form import ClosedForm
 from .config import SaptConfig
 from .pool import Linears, PoolModule, linear_from
 
 LAYER_NORM_EPS = 1e-5
+
+
+def mean_pool(embeddings: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the positions where ``mask`` is True: [B, S, d] -> [B, d] in float32; rows without any are NaN."""
+    summed = embeddings.float().masked_fill(~mask.unsqueeze(-1), 0.0).sum(dim=1)
+    return summed / mask.sum(dim=1, keepdim=True)  # 0 / 0 is NaN
 
 
 def max_pool(embeddings: Tensor, mask: Tensor) -> Tensor:
@@ -31,7 +38,7 @@ def max_pool(embeddings: Tensor, mask: Tensor) -> Tensor:
     return pooled.masked_fill(~mask.any(dim=1, keepdim=True), torch.nan)
 
 
-class SharedAttention(nn.Module, PoolModule):
+class SharedAttention(ClosedForm, nn.Module, PoolModule):
     """Query projection and keys of every pool on one base model, with what ARM needs to keep of old tasks.
 
     Per adapter:
@@ -42,10 +49,14 @@ class SharedAttention(nn.Module, PoolModule):
           that came later); a zero row says that task t is not committed.
         - ``sapt_replay`` [N, d]: max-pooled embeddings of the replay rows of all tasks, in the order of
           ``SaptConfig.replay_rows``. The query needs nothing else of a prompt, so no text has to be kept.
+
+    With ``router="ridge"`` there is no query; see [`ClosedForm`].
     """
 
     adapter_layer_names = ("sapt_query_down", "sapt_query_up", "sapt_query_norm", "sapt_key")
-    other_param_names = ("sapt_old_keys", "sapt_targets", "sapt_replay")
+    other_param_names = (
+        "sapt_old_keys", "sapt_targets", "sapt_replay", "sapt_gram", "sapt_solved", "sapt_temperatures",
+    )  # fmt: skip
     stacks = {"sapt_key": "sapt_old_keys"}
     sapt_query_down: Linears
     sapt_query_up: Linears
@@ -68,8 +79,8 @@ class SharedAttention(nn.Module, PoolModule):
 
     @property
     def weight(self) -> Tensor:
-        """PEFT asks a tuner layer for its base layer's weight; the attention has none, its projection stands in."""
-        return next(iter(self.sapt_query_down.values())).weight
+        """PEFT asks a tuner layer for its base layer's weight; the attention has none, a key stands in."""
+        return next(iter(self.sapt_key.values())).weight
 
     @property
     def bias(self) -> None:
@@ -87,18 +98,34 @@ class SharedAttention(nn.Module, PoolModule):
         if d is None or tasks is None:
             raise ValueError("SaptConfig.token_dim and tasks must be set before the attention is built.")
         self.configs[adapter] = config
-        self.sapt_query_down[adapter] = nn.Linear(d, config.query_dim, bias=False, device=device)
-        self.sapt_query_up[adapter] = nn.Linear(config.query_dim, d, bias=False, device=device)
-        self.sapt_query_norm[adapter] = nn.LayerNorm(d, eps=LAYER_NORM_EPS, device=device)
-        self.sapt_key[adapter] = linear_from(new_key(d, device))
-        if len(tasks) > 1:
-            self.sapt_old_keys[adapter] = linear_from(torch.cat([new_key(d, device) for _ in tasks[1:]]))
+        if config.router == "ridge":
+            self.build_sums(adapter, config, device)
+        else:
+            self.build_query(adapter, config, device)
         # older tasks of a pool built whole count as committed, each to itself until targets are loaded
         committed = torch.arange(len(tasks), device=device) < len(tasks) - 1
         self.sapt_targets[adapter] = linear_from(torch.diag(committed.float()))
         rows = sum(config.replay_rows or [])
         if rows:
             self.sapt_replay[adapter] = linear_from(torch.zeros(rows, d, device=device))
+
+    def build_query(self, adapter: str, config: SaptConfig, device: torch.device | None) -> None:
+        """Query projection, and a random key for each task."""
+        d, tasks = config.token_dim or 0, config.tasks or []
+        self.sapt_query_down[adapter] = nn.Linear(d, config.query_dim, bias=False, device=device)
+        self.sapt_query_up[adapter] = nn.Linear(config.query_dim, d, bias=False, device=device)
+        self.sapt_query_norm[adapter] = nn.LayerNorm(d, eps=LAYER_NORM_EPS, device=device)
+        self.sapt_key[adapter] = linear_from(new_key(d, device))
+        if len(tasks) > 1:
+            self.sapt_old_keys[adapter] = linear_from(torch.cat([new_key(d, device) for _ in tasks[1:]]))
+
+    def seal(self, adapter: str, sealed: bool) -> None:
+        super().seal(adapter, sealed or self.closed_form(adapter))
+
+    def fresh_key(self, adapter: str) -> Tensor:
+        """What the key of a task starts as: random, or for the closed form no sum at all."""
+        d = self.configs[adapter].token_dim or 0
+        return torch.zeros(1, d + 1) if self.closed_form(adapter) else new_key(d, None)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -126,6 +153,8 @@ class SharedAttention(nn.Module, PoolModule):
     def log_weights(self, pooled: Tensor, adapter: str) -> Tensor:
         """Log of softmax_t(k_t . q / (temperature * sqrt(d))) (SAPT, Eq. 2): [..., d] -> [..., T], float32."""
         config = self.configs[adapter]
+        if config.router == "ridge":
+            return self.closed_log_weights(adapter, pooled)
         with torch.autocast(device_type=pooled.device.type, enabled=False):
             q = self.query(pooled, adapter)  # [..., d]
             keys = self.keys(adapter).to(q.dtype)  # [T, d]
@@ -149,7 +178,7 @@ class SharedAttention(nn.Module, PoolModule):
         """Pooled replay embeddings of each task, oldest first, each [n_t, d]; n_t may be 0."""
         counts = self.configs[adapter].replay_rows or []
         if adapter not in self.sapt_replay:
-            empty = self.sapt_query_down[adapter].weight.new_zeros(0, self.configs[adapter].token_dim or 0)
+            empty = self.sapt_key[adapter].weight.new_zeros(0, self.configs[adapter].token_dim or 0)
             return [empty for _ in counts]
         return list(whole(self.sapt_replay[adapter].weight.data).split(counts))
 

@@ -90,7 +90,23 @@ class SaptConfig(PeftConfig):
         metadata={"help": "True: a new block is the identity (B = 0). False: random, non-zero blocks, for tests."},
     )
     block: str = field(default="lora", metadata={"help": "Kind of block; 'lora' is the one available."})
-    router: str = field(default="attention", metadata={"help": "Kind of router; 'attention' is the one available."})
+    router: str = field(
+        default="attention",
+        metadata={
+            "help": "'attention': query and keys, learned with the task and held by ARM's replay. 'ridge': ridge "
+            "regression of the task on mean-pooled prompts in closed form; keeps sums only, needs no replay."
+        },
+    )
+    ridge: float = field(
+        default=0.1, metadata={"help": "router='ridge': regulariser, as a share of the features' mean variance."}
+    )
+    fallback: float | None = field(
+        default=None,
+        metadata={
+            "help": "router='ridge': a prompt whose best score (about 1 for a task's own prompts, 0 for others) is "
+            "below this one is answered by the base model; off by default."
+        },
+    )
     query_dim: int = field(default=100, metadata={"help": "Width of the bottleneck of the query projection."})
     query_activation: str = field(
         default="after",
@@ -167,7 +183,9 @@ class SaptConfig(PeftConfig):
             ("lora_alpha", _positive(self.lora_alpha), "a positive number"),
             ("lora_dropout", _number(self.lora_dropout) and 0 <= self.lora_dropout < 1, "a number in [0, 1)"),
             ("block", self.block == "lora", "'lora'"),
-            ("router", self.router == "attention", "'attention'"),
+            ("router", self.router in ("attention", "ridge"), "'attention' or 'ridge'"),
+            ("ridge", _positive(self.ridge), "a positive number"),
+            ("fallback", self.fallback is None or _number(self.fallback), "a number or None"),
             ("query_dim", _whole(self.query_dim) and self.query_dim > 0, "a positive int"),
             ("query_activation", self.query_activation in ("after", "between"), "'after' or 'between'"),
             ("top_k", self.top_k is None or (_whole(self.top_k) and self.top_k > 0), "a positive int or None"),
@@ -175,6 +193,10 @@ class SaptConfig(PeftConfig):
             ("kernel", self.kernel in KERNELS, f"one of {list(KERNELS)}"),
             ("temperature", _positive(self.temperature), "a positive number"),
         ]
+        if self.router == "attention" and self.fallback is not None:
+            raise SaptError("SaptConfig.fallback needs router='ridge': a softmax does not tell how near a row is.")
+        if self.router == "ridge" and self.pool_padding:
+            raise SaptError("SaptConfig.pool_padding reproduces the learned attention: it needs router='attention'.")
         refused = {
             "use_dora": "DoRA rescales by the norm of the adapted weight, which changes with every prompt's mixture",
             "rank_pattern": "all modules of a task share its rank; add_task(name, r=...) sets it per task",

@@ -104,3 +104,12 @@ def max_pool_segments(embeddings: Tensor, mask: Tensor, segments: Tensor) -> Ten
     pooled = torch.full((count, width), -torch.inf, device=rows.device)
     pooled = pooled.scatter_reduce(0, flat[keep].unsqueeze(-1).expand(-1, width), rows, "amax")
     return pooled.masked_fill(pooled[:, :1].isinf(), torch.nan)
+
+
+def mean_pool_segments(embeddings: Tensor, mask: Tensor, segments: Tensor) -> Tensor:
+    """Mean over the prompt positions of each segment: [B, S, d] -> [N, d], float32; NaN where none."""
+    count, width = int(segments.max()) + 1, embeddings.shape[-1]
+    flat, keep = segments.flatten(), mask.flatten()
+    rows = embeddings.float().reshape(-1, width)[keep]  # [M, d]
+    summed = torch.zeros(count, width, device=rows.device).index_add(0, flat[keep], rows)
+    return summed / torch.bincount(flat[keep], minlength=count).unsqueeze(-1)

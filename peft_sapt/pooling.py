@@ -8,10 +8,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .attention import max_pool, whole
+from .attention import max_pool, mean_pool, whole
 from .config import SaptConfig
 from .errors import PromptError
-from .packing import before_labels_in_segments, max_pool_segments, require_prompts, segments_of, without_tail
+from .packing import (
+    before_labels_in_segments,
+    max_pool_segments,
+    mean_pool_segments,
+    require_prompts,
+    segments_of,
+    without_tail,
+)
 from .prompt_mask import before_labels, check_rows, inferred_mask
 
 
@@ -56,9 +63,11 @@ def read_prompts(module: nn.Module, config: SaptConfig, inputs: dict[str, Any], 
         with torch.no_grad():  # hooks such as enable_input_require_grads must not pull the attention into their graph
             embeddings = look_up(module.get_input_embeddings(), ids)  # type: ignore[operator, arg-type]
     embeddings = embeddings.detach()  # [B, S, d]
+    mean = config.router == "ridge"
     if segments is not None:
-        return Prompts(max_pool_segments(embeddings, mask, segments), mask, segments)
-    pooled = max_pool(embeddings, mask)  # [B, d]
+        pool_segments = mean_pool_segments if mean else max_pool_segments
+        return Prompts(pool_segments(embeddings, mask, segments), mask, segments)
+    pooled = (mean_pool if mean else max_pool)(embeddings, mask)  # [B, d]
     return Prompts(with_padding(module, pooled, mask, inputs) if config.pool_padding else pooled, mask, None)
 
 

@@ -38,6 +38,7 @@ class Routing(threading.local):
         self.owner: nn.Module | None = None  # the module whose forward they belong to
         self.cache: Any = None  # that this forward was given to fill
         self.session: Mixture | None = None  # while generate() runs
+        self.learned: dict[str, str | None] = {}  # by adapter: the task that its closed-form router is known to know
         self.stacks: dict[nn.Module, Stack] | None = None  # by layer, in a session, where no factor can change
         self.seen: dict[str, list[Tensor]] = {}  # by adapter: pooled prompts [b, d] of its current task's training
 
@@ -159,6 +160,18 @@ class PromptRouter:
                 f"{newest!r} trains. Use model.add_task(...) for new data, or model.eval() to ask for an answer."
             )
 
+    def check_learned(self, adapter: str) -> None:
+        """A closed-form router must know a task before its block trains, or the block would get no weight."""
+        task = self.attention.configs[adapter].task_name
+        if not self.attention.closed_form(adapter) or self.routing.learned.get(adapter) == task:
+            return
+        if not self.attention.learned(adapter)[-1]:
+            raise TaskError(
+                f"The router has not seen prompts of task {task!r}: train with ArmCallback, which shows them to it, "
+                "or call model.fit_router(batches) before training."
+            )
+        self.routing.learned[adapter] = task
+
     def kept_mixture(self, holder: Any, adapter: str, batch: int, what: str) -> Mixture:
         kept: Mixture | None = getattr(holder, KEPT, None)
         count = len(self.attention.configs[adapter].tasks or [])
@@ -176,6 +189,7 @@ class PromptRouter:
         pooled, _, segments = read_prompts(module, config, inputs, training)  # [N, d]
         weights = self.attend(pooled, adapter)  # [N, T]
         if training:
+            self.check_learned(adapter)
             self.remember(pooled, adapter)
         else:
             weights = select(weights, config.top_k, config.min_weight)
@@ -184,7 +198,11 @@ class PromptRouter:
     def attend(self, pooled: Tensor, adapter: str) -> Tensor:
         """Pooled prompts [B, d] -> weights [B, T]; uniform for a row without any prompt token."""
         empty = pooled.isnan().any(dim=1, keepdim=True)
-        weights = self.attention.log_weights(pooled.masked_fill(empty, 0.0), adapter).exp()
+        filled = pooled.masked_fill(empty, 0.0)
+        weights = self.attention.log_weights(filled, adapter).exp()
+        far = self.attention.is_far(adapter, filled)
+        if far is not None:
+            weights = weights.masked_fill(far.unsqueeze(1), 0.0)
         return torch.where(empty, torch.full_like(weights, 1 / weights.shape[1]), weights)
 
     def remember(self, pooled: Tensor, adapter: str) -> None:

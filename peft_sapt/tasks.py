@@ -8,7 +8,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .attention import SharedAttention, new_key
+from .attention import SharedAttention
 from .config import SaptConfig, check_task_name
 from .errors import PromptError, TaskError
 from .layer import SaptLayer
@@ -98,10 +98,12 @@ class TaskPool(PromptReader):
             if isinstance(module, SaptLayer):
                 newest = module.new_block(rank, config.init_weights)
             else:
-                newest = {"sapt_key": new_key(reference.shape[-1], None)}
+                newest = {"sapt_key": self.attention.fresh_key(adapter)}
             module.push(adapter, {k: v.to(reference.device, reference.dtype) for k, v in newest.items()})
         targets = nn.functional.pad(self.attention.targets(adapter), (0, 1, 0, 1))
         self.attention.sapt_targets[adapter] = linear_from(targets)
+        if self.attention.closed_form(adapter):
+            self.attention.resize(adapter, [*range(len(self.tasks)), -1])
         config.inference_mode = False
         self.take_tasks(config, grown)
 
@@ -139,7 +141,37 @@ class TaskPool(PromptReader):
             targets[i] = targets[i] / left if left > 1e-6 else nn.functional.one_hot(torch.tensor(i), len(kept)) * done
         self.attention.sapt_targets[adapter] = linear_from(targets)
         self.attention.set_replay(adapter, [replay[i] for i in kept])
+        if self.attention.closed_form(adapter):
+            self.attention.resize(adapter, kept)
         self.take_tasks(config, smaller)
+
+    def fit_router(self, inputs: Iterable[Mapping[str, Tensor]] | Tensor) -> None:
+        """Show the current task's training prompts to a closed-form router, once, before the task is trained.
+
+        Learning and selection then share its weights. ``ArmCallback`` calls this; the sums of older tasks stay as they
+        are, byte for byte.
+
+        Args:
+            inputs: the task's training inputs, as batches (dicts with ``input_ids``, ...) or as pooled prompts [N, d].
+
+        Raises:
+            TaskError: the pool's router is not a closed-form one, or it has seen this task.
+            PromptError: there are no rows, or some without prompt tokens. Nothing is changed then.
+        """
+        adapter, attention = self.pool_name, self.attention
+        self.refuse_sharded("fit_router")
+        if not attention.closed_form(adapter):
+            raise TaskError("fit_router is for SaptConfig(router='ridge'); a learned attention is fitted in training.")
+        if attention.learned(adapter)[-1]:
+            raise TaskError(
+                f"The router has seen task {self.current_task!r} already, and keeps no rows that could be replaced: "
+                "remove_task and add_task start it over."
+            )
+        pooled = self.pooled_prompts(inputs)
+        if not len(pooled):
+            raise PromptError("fit_router needs training prompts of the current task, and got none.")
+        self.refuse_bad_rows("fit_router(inputs=...)", pooled)
+        attention.learn(adapter, pooled)
 
     def commit_task(
         self,
@@ -170,14 +202,17 @@ class TaskPool(PromptReader):
         pooled = self.pooled_prompts(seen if inputs is None else inputs)
         rows = self.pooled_prompts([] if replay is None else replay)
         for what, found in (("inputs", pooled), ("replay", rows)):
-            if not bool(found.isfinite().all()):
-                bad = (~found.isfinite().all(dim=1)).nonzero().flatten().tolist()
-                raise PromptError(
-                    f"commit_task({what}=...): rows {bad[:10]} have no prompt token (all padding) or are not finite. "
-                    "Drop them; nothing was committed."
+            self.refuse_bad_rows(f"commit_task({what}=...)", found)
+        closed = attention.closed_form(adapter)
+        if closed and not attention.learned(adapter)[-1]:
+            if not len(pooled):
+                raise TaskError(
+                    f"The router has seen no prompt of task {self.current_task!r}, so it could never choose it: train "
+                    "the task, pass commit_task(inputs=...), or remove it."
                 )
+            self.fit_router(pooled)
         with torch.no_grad():
-            if len(self.tasks) == 1 and len(pooled):
+            if len(self.tasks) == 1 and len(pooled) and not closed:
                 attention.sapt_key[adapter].weight.copy_(attention.query(pooled, adapter).mean(dim=0, keepdim=True))
             target = torch.zeros_like(attention.targets(adapter)[-1])  # [T]
             if len(pooled):
@@ -223,7 +258,8 @@ class TaskPool(PromptReader):
     def take_tasks(self, config: SaptConfig, other: SaptConfig) -> None:
         for name in ("tasks", "task_ranks", "task_alphas", "replay_rows", "task_name"):
             setattr(config, name, getattr(other, name))
-        self.prompt_router.routing.seen.pop(self.pool_name, None)
+        for known in (self.prompt_router.routing.seen, self.prompt_router.routing.learned):
+            known.pop(self.pool_name, None)  # type: ignore[attr-defined]
         seal_from_targets(self.model)
         self.refresh_trainable()
 
@@ -232,6 +268,14 @@ class TaskPool(PromptReader):
         for module in self.model.modules():
             if isinstance(module, BaseTunerLayer):
                 module.set_adapter(self.active_adapters, inference_mode=bool(self.pool_config.inference_mode))
+
+    def refuse_bad_rows(self, what: str, pooled: Tensor) -> None:
+        if not bool(pooled.isfinite().all()):
+            bad = (~pooled.isfinite().all(dim=1)).nonzero().flatten().tolist()
+            raise PromptError(
+                f"{what}: rows {bad[:10]} have no prompt token (all padding) or are not finite. Drop them; nothing "
+                "was changed."
+            )
 
     def refuse_sharded(self, what: str) -> None:
         if sharding_of(self.model) is not None:

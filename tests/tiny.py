@@ -62,7 +62,8 @@ def build_pool(family: str, tasks: list[str], seed: int = 0, **config) -> PeftMo
     embedding = model.get_base_model().get_input_embeddings().weight
     with torch.no_grad():
         embedding.normal_(std=1.0)
-        model.base_model.attention.sapt_query_down["default"].weight.mul_(4)
+        if settings.get("router") != "ridge":
+            model.base_model.attention.sapt_query_down["default"].weight.mul_(4)
     return model
 
 

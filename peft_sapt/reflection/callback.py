@@ -18,11 +18,11 @@ from ..errors import ReflectionError, TaskError
 from ..files import write_atomically
 from ..model import SaptModel
 from ..pool import sharding_of
-from ..pooling import prompt_tokens, read_prompts
-from .checks import can_generate, check_arguments, check_task_of_rows, isolated_rng, pool_of
+from .checks import can_generate, check_arguments, check_task_of_rows, closed_form, isolated_rng, pool_of
 from .generator import GeneratorSettings
 from .objective import align_attention, attention_loss
 from .processes import agree
+from .prompts import read_task
 from .pseudo import MIN_PSEUDO_SAMPLES, wanted_count
 from .replay import draw_pseudo_samples
 
@@ -46,6 +46,8 @@ class ArmCallback(TrainerCallback):
     - ``on_train_end``: fits the attention once more, so that old tasks have theirs back and the new one keeps what it
       ended with; fits the generator, draws pseudo-samples, and commits the task with its attention target.
       Of a model sharded by FSDP2, this part is left to one process afterwards, and a warning says so.
+    - With ``router="ridge"`` it shows the prompts to the router before training and commits the task at the end; there
+      is nothing to replay, so no generator runs.
     - ``on_log``: adds ``attention/<task>``, the mean weight of each task on the current task's prompts.
 
     Args:
@@ -127,15 +129,13 @@ class ArmCallback(TrainerCallback):
         check_task_of_rows(loader.dataset, pool)
         self.check_pool(pool)
         self.take_prompts(pool, loader.dataset, loader.collate_fn)
-        if len(pool.tasks) > 1 and state.global_step == 0 and self.align_steps:
-            with isolated_rng(self.seed_of(args, pool), model):
-                self.align(pool, self.seed_of(args, pool))
+        self.open_task(pool, model, self.seed_of(args, pool), resumed=state.global_step > 0)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         pool = pool_of(kwargs["model"])
-        if len(pool.tasks) > 1:
+        if len(pool.tasks) > 1 and not closed_form(pool):
             loss = self.penalty(pool, self.seed_of(args, pool) + state.global_step)
             # a GradScaler divides all gradients by its scale before the step, so this one has to carry it too
             scaler = getattr(kwargs.get("optimizer"), "scaler", None)
@@ -174,13 +174,13 @@ class ArmCallback(TrainerCallback):
         pool = pool_of(model)
         self.check_pool(pool)
         self.take_batches(pool, batches)
-        if len(pool.tasks) > 1 and self.align_steps:
-            with isolated_rng(seed, model):
-                self.align(pool, seed)
+        self.open_task(pool, model, seed)
 
     def penalty(self, model: Any, seed: int = 0) -> Tensor:
         """The attention loss of one optimizer step; add its gradient once per step. Needs two tasks or more."""
         pool = pool_of(model)
+        if closed_form(pool):
+            raise ReflectionError("A closed-form router needs no replay, so there is no attention loss to add.")
         if self.pooled is None:
             raise ReflectionError(
                 "ArmCallback.penalty() needs the task's prompts: call prepare(model, batches) first."
@@ -198,6 +198,11 @@ class ArmCallback(TrainerCallback):
             )
         wanted = wanted_count(self.rows, self.pseudo_share, self.min_pseudo_samples)
         name = pool.current_task
+        if closed_form(pool):
+            self.reports[name] = {"wanted": 0, "kept": 0, "closed_form_rows": len(self.pooled)}
+            pool.commit_task(self.pooled)
+            self.pooled, self.prompts = None, []
+            return
         if len(pool.tasks) > 1 and self.align_steps:
             with torch.no_grad():
                 kept = pool.prompt_router.attend(self.pooled, pool.pool_name).mean(dim=0)
@@ -227,6 +232,15 @@ class ArmCallback(TrainerCallback):
 
     # --- parts --------------------------------------------------------------------------------------------------
 
+    def open_task(self, pool: SaptModel, model: Any, seed: int, resumed: bool = False) -> None:
+        """See that the current task's gate is open before its first step."""
+        if closed_form(pool):
+            if not pool.attention.learned(pool.pool_name)[-1]:
+                pool.fit_router(self.pooled)  # type: ignore[arg-type]
+        elif len(pool.tasks) > 1 and not resumed and self.align_steps:
+            with isolated_rng(seed, model):
+                self.align(pool, seed)
+
     def align(self, pool: SaptModel, seed: int, own_target: Tensor | None = None) -> None:
         assert self.pooled is not None
         align_attention(
@@ -244,7 +258,7 @@ class ArmCallback(TrainerCallback):
             agree(p for p in pool.attention.parameters() if p.requires_grad)
 
     def check_pool(self, pool: SaptModel) -> None:
-        if self.replay == "generated" and not can_generate(pool):
+        if self.replay == "generated" and not can_generate(pool) and not closed_form(pool):
             raise ReflectionError(
                 f"A {type(pool.model).__name__} writes no text, so it cannot generate pseudo-samples: use "
                 "ArmCallback(replay='rows')."
@@ -256,7 +270,7 @@ class ArmCallback(TrainerCallback):
             )
         counts = [len(rows) for rows in pool.attention.replay(pool.pool_name)]
         bare = [name for name, count in zip(pool.tasks[:-1], counts, strict=False) if not count]
-        if bare:
+        if bare and not closed_form(pool):
             raise ReflectionError(
                 f"Old tasks {bare} have no replay rows, so nothing would hold their attention. Commit a task with "
                 "ArmCallback, or with commit_task(inputs, replay=batches), before the next one is added."
@@ -276,21 +290,9 @@ class ArmCallback(TrainerCallback):
             self.rows = round(len(self.pooled) * len(dataset) / count)  # type: ignore[arg-type]
 
     def take_batches(self, pool: SaptModel, batches: Iterable[Mapping[str, Tensor]]) -> None:
-        pooled, self.prompts = [], []
-        device = pool.attention.weight.device
-        for batch in batches:
-            inputs = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
-            with torch.no_grad():
-                found = read_prompts(pool.model, pool.pool_config, inputs, training=False)
-            real = ~found.pooled[:, 0].isnan()  # packed rows may end in padding
-            pooled.append(found.pooled[real])
-            if inputs.get("input_ids") is not None:
-                self.prompts += prompt_tokens(inputs["input_ids"], found)
-        if not pooled:
-            raise ReflectionError("The training set is empty.")
-        self.pooled = torch.cat(pooled)
+        self.pooled, self.prompts = read_task(pool, batches)
         self.rows = len(self.pooled)
-        if self.replay == "generated" and not self.prompts:
+        if self.replay == "generated" and not self.prompts and not closed_form(pool):
             raise ReflectionError("Without input_ids no generator can be trained: use ArmCallback(replay='rows').")
 
     def seed_of(self, args: TrainingArguments, pool: SaptModel) -> int:

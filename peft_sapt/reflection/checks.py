@@ -30,6 +30,10 @@ def can_generate(pool: SaptModel) -> bool:
     return bool(asked()) if callable(asked) else False
 
 
+def closed_form(pool: SaptModel) -> bool:
+    return pool.attention.closed_form(pool.pool_name)
+
+
 def check_arguments(args: TrainingArguments) -> None:
     if args.n_gpu > 1:
         raise ReflectionError("nn.DataParallel is not supported: start the script with torchrun or accelerate launch.")
