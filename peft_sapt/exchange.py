@@ -90,8 +90,8 @@ class LoraExchange(TaskPool):
 
         ``name`` is a new task, or the current one if that was not committed yet: its block is replaced then. The block
         gets the adapter's weights and stays trainable; its key still has to be learned: train it further, or call
-        ``arm.prepare(model, batches)`` and ``arm.reflect(model)`` with prompts of the task. Modules that the adapter
-        leaves alone get a block that does nothing.
+        ``arm.prepare(model, batches)`` and ``arm.reflect(model)`` with prompts of the task; with ``router="ridge"``
+        ``commit_task(inputs=batches)`` is enough. Modules that the adapter leaves alone get a block that does nothing.
 
         Raises:
             LoraFolderError: the folder is no plain LoRA, or adapts modules that the pool does not. Nothing is changed.

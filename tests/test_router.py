@@ -254,3 +254,23 @@ def test_a_resumed_run_is_bit_identical(tmp_path) -> None:
             trainer(pool, folder, "b", [arm], **settings_).train()
         finals.append({k: v.clone() for k, v in pool.state_dict().items()})
     assert [k for k in finals[0] if not torch.equal(finals[0][k], finals[1][k])] == []
+
+
+def test_existing_loras_become_tasks_without_any_training(tmp_path) -> None:
+    """Two plain LoRAs and some prompts of each make a pool that chooses between them."""
+    donor = build_pool("llama", ["a", "b", "c"])
+    base = copy.deepcopy(donor).unload()
+    pool = get_peft_model(base, SaptConfig(task_type="CAUSAL_LM", task_name="a", router="ridge"))
+    for name in ("a", "b"):
+        donor.export_task(name, tmp_path / name)
+        pool.import_task(name, tmp_path / name)
+        pool.commit_task(inputs=[collate_prompts(name)])
+    assert pool.committed_tasks == ["a", "b"]
+    pool.eval(), donor.eval()
+    for i, name in enumerate(("a", "b")):
+        prompts = prompts_of(name, seed=5)
+        assert float((pool.attention_weights(**prompts).argmax(dim=1) == i).float().mean()) >= 0.95
+        with torch.no_grad():
+            torch.testing.assert_close(
+                pool(**prompts, sapt_task=name).logits, donor(**prompts, sapt_task=name).logits, atol=1e-5, rtol=1e-4
+            )
