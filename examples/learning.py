@@ -33,12 +33,12 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 class Budget:
     """What every method gets alike."""
 
-    epochs: float = 3
+    epochs: float = 3.0
     batch_size: int = 8
     lr: float = 5e-3
     attention_lr: float = 3e-4
     r: int = 4
-    lora_alpha: float = 32
+    lora_alpha: float = 32.0
     layers: int = 8
     max_answer: int = 6
     generator_epochs: float = 1.5
