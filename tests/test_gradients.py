@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback
 
 from peft_sapt import ArmCallback, PromptMaskCollator, create_optimizer
 from peft_sapt.errors import PromptError
+from peft_sapt.reflection.objective import attention_loss
 
 ROWS = token_rows([9, 12, 7, 14])
 PROMPT = 4  # tokens of each row that are its prompt
@@ -187,6 +188,29 @@ def test_a_loss_of_the_users_own_in_the_trainer(tmp_path) -> None:
 
     recorded = run(model, tmp_path, rows, PromptMaskCollator(collate), loss=own_loss)
     assert_same(recorded, gradients_of(plain, lambda: plain(**collate(rows)).loss))
+
+
+@pytest.mark.parametrize("router", ["attention", "ridge"])
+def test_bfloat16_autocast_in_the_trainer(tmp_path, router) -> None:
+    """Gradients are float32 and near those of float32; ARM's term, which has no autocast, is exactly the same."""
+    plain = build_pool("llama", ["a", "b", "c"], router=router)
+    low, rows = copy.deepcopy(plain), rows_of("a", count=8)
+    expected, found = (run(m, tmp_path, rows, collate, bf16=b) for m, b in ((plain, False), (low, True)))
+    assert found.keys() == expected.keys() and {g.dtype for g in found.values()} == {torch.float32}
+    errors = {k: float((found[k] - g).norm() / g.norm()) for k, g in expected.items() if ".sapt_" in k}
+    assert max(errors.values()) < 0.1, errors
+    assert max(errors.values()) > 1e-4, "autocast did not run"
+    for name in "ab":
+        for key, tensor in low.task_state(name).items():
+            assert torch.equal(tensor, plain.task_state(name)[key])
+    if router == "attention":
+        low.load_state_dict(plain.state_dict())
+        current, penalties = low.pooled_prompts([collate(rows)]), []
+        for model, enabled in ((plain, False), (low, True)):
+            model.base_model.attention.set_replay("default", [current[:2], current[2:4], current[:0]])
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                penalties.append(attention_loss(model.base_model.attention, "default", current))
+        assert torch.equal(*penalties)
 
 
 def test_training_without_labels_in_the_call_warns(tmp_path) -> None:
