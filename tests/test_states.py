@@ -126,7 +126,7 @@ def test_rows_of_padding_are_refused_at_commit() -> None:
     batch = padded(ROWS)
     batch["attention_mask"][1] = 0
     for arguments in ({"inputs": [batch]}, {"replay": [batch]}, {"inputs": torch.full((2, 64), float("inf"))}):
-        with pytest.raises(PromptError, match=r"rows \[.*nothing was committed"):
+        with pytest.raises(PromptError, match=r"rows \[.*nothing was changed"):
             model.commit_task(**arguments)
         assert model.committed_tasks == []
     assert all(p.isfinite().all() for p in model.parameters())
