@@ -98,7 +98,7 @@ class SharedAttention(ClosedForm, nn.Module, PoolModule):
         if d is None or tasks is None:
             raise ValueError("SaptConfig.token_dim and tasks must be set before the attention is built.")
         self.configs[adapter] = config
-        if config.router == "ridge":
+        if config.closed_form:
             self.build_sums(adapter, config, device)
         else:
             self.build_query(adapter, config, device)
@@ -131,7 +131,7 @@ class SharedAttention(ClosedForm, nn.Module, PoolModule):
         super().delete_adapter(adapter_name)
         self.configs.pop(adapter_name, None)
         self.loaded.discard(adapter_name)
-        self.router.routing.seen.pop(adapter_name, None)
+        self.router.routing.forget(adapter_name)
 
     def keys(self, adapter: str) -> Tensor:
         """Keys of all tasks, oldest first, [T, d]; only the last row takes a gradient."""
@@ -153,7 +153,7 @@ class SharedAttention(ClosedForm, nn.Module, PoolModule):
     def log_weights(self, pooled: Tensor, adapter: str) -> Tensor:
         """Log of softmax_t(k_t . q / (temperature * sqrt(d))) (SAPT, Eq. 2): [..., d] -> [..., T], float32."""
         config = self.configs[adapter]
-        if config.router == "ridge":
+        if config.closed_form:
             return self.closed_log_weights(adapter, pooled)
         with torch.autocast(device_type=pooled.device.type, enabled=False):
             q = self.query(pooled, adapter)  # [..., d]

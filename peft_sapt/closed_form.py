@@ -40,7 +40,7 @@ class ClosedForm:
     configs: MutableMapping[str, SaptConfig]
 
     def closed_form(self, adapter: str) -> bool:
-        return self.configs[adapter].router == "ridge"
+        return self.configs[adapter].closed_form
 
     def build_sums(self, adapter: str, config: SaptConfig, device: torch.device | None) -> None:
         """Empty sums for the tasks in ``config``; random ones with ``init_weights=False``."""
@@ -49,12 +49,13 @@ class ClosedForm:
         if not config.init_weights:
             x = ridge.features(torch.randn(count * 8, width - 1)).view(count, 8, width)
             means, gram = x.mean(dim=1).float(), sum(map(ridge.second_moment, x)).float()  # type: ignore[union-attr]
-        self.sapt_key[adapter] = linear_from(means[-1:].to(device or "cpu"))
+        means, gram = (t.to(device or "cpu") for t in (means, gram))
+        self.sapt_key[adapter] = linear_from(means[-1:])
         if count > 1:
-            self.sapt_old_keys[adapter] = linear_from(means[:-1].to(device or "cpu"))
-        self.sapt_gram[adapter] = linear_from(gram.to(device or "cpu"))
+            self.sapt_old_keys[adapter] = linear_from(means[:-1])
+        self.sapt_gram[adapter] = linear_from(gram)
         self.sapt_temperatures[adapter] = linear_from(torch.zeros(count, 1, device=device))
-        self.sapt_solved[adapter] = linear_from(ridge.solve(gram, means, config.ridge).float().to(device or "cpu"))
+        self.sapt_solved[adapter] = linear_from(ridge.solve(gram, means, config.ridge).float())
 
     def means(self, adapter: str) -> Tensor:
         """Means of all tasks' features, oldest first, [T, d + 1]; zero where the router saw nothing."""

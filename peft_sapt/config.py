@@ -193,9 +193,9 @@ class SaptConfig(PeftConfig):
             ("kernel", self.kernel in KERNELS, f"one of {list(KERNELS)}"),
             ("temperature", _positive(self.temperature), "a positive number"),
         ]
-        if self.router == "attention" and self.fallback is not None:
+        if not self.closed_form and self.fallback is not None:
             raise SaptError("SaptConfig.fallback needs router='ridge': a softmax does not tell how near a row is.")
-        if self.router == "ridge" and self.pool_padding:
+        if self.closed_form and self.pool_padding:
             raise SaptError("SaptConfig.pool_padding reproduces the learned attention: it needs router='attention'.")
         refused = {
             "use_dora": "DoRA rescales by the norm of the adapted weight, which changes with every prompt's mixture",
@@ -235,6 +235,11 @@ class SaptConfig(PeftConfig):
                     f"SaptConfig.{name} must hold one {'whole' if valid is _whole else 'positive'} number for each of "
                     f"the {count} tasks, got {values!r}."
                 )
+
+    @property
+    def closed_form(self) -> bool:
+        """Whether the router is solved from sums instead of trained."""
+        return self.router == "ridge"
 
     @property
     def scalings(self) -> list[float]:

@@ -133,7 +133,7 @@ class LoraExchange(TaskPool):
         config.task_ranks = [*(config.task_ranks or [])[:-1], lora.r]
         config.task_alphas = [*(config.task_alphas or [])[:-1], alpha]
         config.inference_mode = False
-        self.prompt_router.routing.seen.pop(adapter, None)
+        self.prompt_router.routing.forget(adapter)
         self.refresh_trainable()
 
     # --- parts --------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ class Mixture:
         self.gates = rank_gates(weights, config.scalings, config.task_ranks or [])
         self.rows: Tensor | None = None  # [R'], ranks of the blocks with any weight, once held and if they are few
         self.few_gates: Tensor | None = None  # [B, R']
-        self._newest = False  # whether these include the newest block
+        self._frozen: Tensor | None = None  # those of ``rows`` that belong to frozen blocks
         self.held = False
         self._wider: Mixture | None = None
         self._old_rows: dict[Any, Known] = {}
@@ -53,7 +53,8 @@ class Mixture:
             return self
         if self._wider is None or len(self._wider.weights) != batch:
             self._wider = Mixture(self.adapter, spread(self.weights, batch, what), self.config)
-            self._wider._keep(self.rows, self)
+            self._wider._keep(self.rows, self._frozen)
+            self._wider._old_rows = self._old_rows
             self._wider.held = self.held
         return self._wider
 
@@ -65,12 +66,12 @@ class Mixture:
         used = (self.weights != 0).any(dim=0)  # [T]
         ranks = torch.tensor(self.config.task_ranks, device=used.device)
         if 0 < int(ranks[used].sum()) <= KEEP_AT_MOST * self.gates.shape[-1]:
-            self._newest = bool(used[-1])
-            self._keep(used.repeat_interleave(ranks).nonzero().flatten(), self)
+            rows = used.repeat_interleave(ranks).nonzero().flatten()
+            self._keep(rows, rows[rows < ranks[:-1].sum()])
         return self
 
-    def _keep(self, rows: Tensor | None, other: Mixture) -> None:
-        self.rows, self._newest, self._old_rows = rows, other._newest, other._old_rows
+    def _keep(self, rows: Tensor | None, frozen: Tensor | None) -> None:
+        self.rows, self._frozen = rows, frozen
         self.few_gates = None if rows is None else self.gates[:, rows]
 
     def stacked(self, stacks: dict[Any, Stack], layer: Any) -> Stack | None:
@@ -86,10 +87,9 @@ class Mixture:
         """
         old_a, old_b, a, b = parts
         found: Factors = (*parts, self.gates)
-        if self.few_gates is not None:
-            rows = self._gathered(layer, old_a, old_b)
-            newest = (a, b) if self._newest else (None, None)
-            found = (*rows, *newest, self.few_gates)
+        if self.few_gates is not None and self.rows is not None and self._frozen is not None:
+            newest = (a, b) if len(self._frozen) < len(self.rows) else (None, None)
+            found = (*self._gathered(layer, old_a, old_b), *newest, self.few_gates)
         stacks = layer.routing.stacks
         if stacks is not None and found[-1].shape[-1] <= STACK_AT_MOST:
             stack = _joined(found[0], found[2]), _joined(found[1], found[3]), found[-1]
@@ -98,15 +98,12 @@ class Mixture:
         return found
 
     def _gathered(self, layer: Any, old_a: Tensor | None, old_b: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        if old_a is None or old_b is None or self.rows is None:
+        if old_a is None or old_b is None or self._frozen is None or not len(self._frozen):
             return None, None
         sources = [(part, _state(part)) for part in (old_a, old_b)]
         known = self._old_rows.get(layer)
         if known is None or any(p is not q or v != w for (p, v), (q, w) in zip(known[0], sources, strict=True)):
-            rows = self.rows[self.rows < old_a.shape[0]]
-            if not len(rows):
-                return None, None
-            known = self._old_rows[layer] = sources, (old_a[rows], old_b[rows])
+            known = self._old_rows[layer] = sources, (old_a[self._frozen], old_b[self._frozen])
         return known[1]
 
 

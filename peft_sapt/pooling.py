@@ -63,7 +63,7 @@ def read_prompts(module: nn.Module, config: SaptConfig, inputs: dict[str, Any], 
         with torch.no_grad():  # hooks such as enable_input_require_grads must not pull the attention into their graph
             embeddings = look_up(module.get_input_embeddings(), ids)  # type: ignore[operator, arg-type]
     embeddings = embeddings.detach()  # [B, S, d]
-    mean = config.router == "ridge"
+    mean = config.closed_form
     if segments is not None:
         pool_segments = mean_pool_segments if mean else max_pool_segments
         return Prompts(pool_segments(embeddings, mask, segments), mask, segments)

@@ -49,6 +49,11 @@ class Routing(threading.local):
     def __reduce__(self) -> tuple[type[Routing], tuple[()]]:
         return Routing, ()
 
+    def forget(self, adapter: str) -> None:
+        """Drop what was noted of the current task of ``adapter``: it is another one now, or gone."""
+        self.seen.pop(adapter, None)
+        self.learned.pop(adapter, None)
+
     def clear(self) -> None:
         self.mixture = self.weights = self.gates = self.owner = self.cache = None
 

@@ -258,8 +258,7 @@ class TaskPool(PromptReader):
     def take_tasks(self, config: SaptConfig, other: SaptConfig) -> None:
         for name in ("tasks", "task_ranks", "task_alphas", "replay_rows", "task_name"):
             setattr(config, name, getattr(other, name))
-        for known in (self.prompt_router.routing.seen, self.prompt_router.routing.learned):
-            known.pop(self.pool_name, None)  # type: ignore[attr-defined]
+        self.prompt_router.routing.forget(self.pool_name)
         seal_from_targets(self.model)
         self.refresh_trainable()
 

@@ -274,3 +274,20 @@ def test_existing_loras_become_tasks_without_any_training(tmp_path) -> None:
             torch.testing.assert_close(
                 pool(**prompts, sapt_task=name).logits, donor(**prompts, sapt_task=name).logits, atol=1e-5, rtol=1e-4
             )
+
+
+def test_a_deleted_pool_leaves_no_memory_of_its_router() -> None:
+    """A pool of the same name and task must be shown its prompts again."""
+    config = SaptConfig(task_type="CAUSAL_LM", task_name="t", router="ridge")
+    pool = fresh_pool()
+    batch = padded(ROWS, "right")
+    labels = batch["input_ids"].index_fill(1, torch.tensor([0, 1]), -100)
+    for _ in range(2):
+        pool.add_adapter("other", config)
+        pool.set_adapter("other")
+        with pytest.raises(TaskError, match=r"not seen prompts of task 't'"):
+            pool.train()(**batch, labels=labels)
+        pool.fit_router([batch])
+        pool(**batch, labels=labels)
+        pool.set_adapter("default")
+        pool.delete_adapter("other")

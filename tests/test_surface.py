@@ -132,6 +132,9 @@ def test_what_cannot_work_on_a_pool_is_refused() -> None:
         model.generate_batch([[1, 2, 3]])
     with pytest.raises(SaptError, match="nothing to unmerge"):
         model.unmerge_adapter()
+    paged = type("PagedAttentionCache", (), {})()
+    with pytest.raises(SaptError, match="Continuous batching"):
+        model.get_base_model()(input_ids=torch.tensor([[5, 6]]), cache=paged)
 
 
 def test_a_cache_is_marked_by_a_forward_that_returns_a_tuple() -> None:

@@ -196,13 +196,13 @@ class ArmCallback(TrainerCallback):
             raise ReflectionError(
                 "ArmCallback.reflect() needs the task's prompts: call prepare(model, batches) first."
             )
-        wanted = wanted_count(self.rows, self.pseudo_share, self.min_pseudo_samples)
         name = pool.current_task
         if closed_form(pool):
             self.reports[name] = {"wanted": 0, "kept": 0, "closed_form_rows": len(self.pooled)}
             pool.commit_task(self.pooled)
             self.pooled, self.prompts = None, []
             return
+        wanted = wanted_count(self.rows, self.pseudo_share, self.min_pseudo_samples)
         if len(pool.tasks) > 1 and self.align_steps:
             with torch.no_grad():
                 kept = pool.prompt_router.attend(self.pooled, pool.pool_name).mean(dim=0)
