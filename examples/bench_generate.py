@@ -21,11 +21,11 @@ from pathlib import Path
 
 import torch
 from benching import alternate, quartiles, table
-from learning import load_base
 from peft import ArrowConfig, LoraConfig, XLoraConfig, create_arrow_model, get_peft_model
 from torch import Tensor
 
 from peft_sapt import SaptConfig
+from peft_sapt.continual.base import load_base
 from peft_sapt.layer import SaptLayer
 from peft_sapt.ops.bound import block_norms, dropped_bound
 

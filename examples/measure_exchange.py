@@ -12,17 +12,18 @@ import json
 import sys
 from pathlib import Path
 
-from learning import evaluate
-from quickstart import make_parser, set_up
+from settings import make_parser, set_up
 
 from peft_sapt import PeftModel
+from peft_sapt.continual.learner import evaluate
 
 
 def main() -> int:
     parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("--pool", type=Path, required=True, help="folder of a saved pool, trained on the same stream")
+    parser.add_argument("--out", type=Path, default=Path("exchange-out"))
     args = parser.parse_args()
-    bench = set_up(args)
+    bench = set_up(args, args.out)
 
     def load() -> PeftModel:
         return PeftModel.from_pretrained(bench.fresh(), args.pool)

@@ -9,64 +9,19 @@ LoRA forgets (F.Ra >= 20) and SAPT does not (F.Ra <= 5, AP at least 15 points hi
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import sys
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-from learning import Bench, Budget, answers, learn_sapt, learn_sequential, learn_single, load_base
-from stream_data import PromptStyle, exact_match, load_folder, rouge_l
-from synthetic import make_stream
+from settings import make_parser, set_up
 
 from peft_sapt import PeftModel
+from peft_sapt.continual.learner import Bench, answers
+from peft_sapt.continual.methods import METHODS, RECIPES, learn_pool
 from peft_sapt.continual.metrics import average_performance, backward_transfer, forgetting_rate, forward_transfer
-
-
-def make_parser(description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--model", default="smollm2", help="Hub id or folder; default: SmolLM2-135M from PyPI")
-    parser.add_argument("--tasks-dir", type=Path, help="folder of <task>.{train,validation,test}.jsonl[.gz]")
-    parser.add_argument("--order", type=lambda text: text.split(","), help="tasks of the folder, comma separated")
-    parser.add_argument("--metric", choices=["exact", "rougeL"], default="exact")
-    parser.add_argument("--head", default="{definition}\n", help="text before the input; {definition} is filled in")
-    parser.add_argument("--tail", default="\nOutput:", help="text after the input")
-    parser.add_argument("--no-definitions", action="store_true", help="leave the task definition out of all prompts")
-    parser.add_argument("--max-tokens", type=int, default=96, help="longest prompt; only the input is cut")
-    parser.add_argument("--min-input", type=int, default=24, help="tokens of the input that are never cut")
-    parser.add_argument("--rows", type=int, help="training rows per task")
-    parser.add_argument("--test-rows", type=int, help="rows per task to answer; routing is measured on all")
-    parser.add_argument("--split", choices=["validation", "test"], default="test", help="split that is scored")
-    parser.add_argument("--methods", type=lambda text: text.split(","), default=["sequential", "single", "sapt"])
-    parser.add_argument("--out", type=Path, default=Path("quickstart-out"))
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "peft-sapt")
-    parser.add_argument("--quick", action="store_true", help="a reduced run that only shows that everything works")
-    for item in fields(Budget):
-        flag = "--" + item.name.replace("_", "-")
-        parser.add_argument(flag, type=type(item.default), default=item.default, help=f"default {item.default}")
-    return parser
-
-
-def set_up(args: argparse.Namespace) -> Bench:
-    budget = Budget(**{item.name: getattr(args, item.name) for item in fields(Budget)})
-    stream = make_stream(args.seed) if args.tasks_dir is None else load_folder(args.tasks_dir, args.order)
-    rows, tests = args.rows, args.test_rows
-    if args.quick:
-        stream = dict(list(stream.items())[:2])
-        rows, tests, budget.generator_epochs = 40, 10, 4.0
-    for splits in stream.values():
-        splits["train"] = splits["train"][:rows]
-    style = PromptStyle(args.head, args.tail, not args.no_definitions, args.max_tokens, args.min_input)
-    base, tokenizer = load_base(args.model, args.cache)
-    score = exact_match if args.metric == "exact" else rouge_l()
-    args.out.mkdir(parents=True, exist_ok=True)
-    return Bench(base, tokenizer, stream, style, score, budget, args.out, args.split, tests)
 
 
 def summary(matrix: list[list[float]], single: list[float] | None) -> dict[str, float | None]:
@@ -80,11 +35,10 @@ def summary(matrix: list[list[float]], single: list[float] | None) -> dict[str, 
 
 def show(results: dict[str, Any]) -> None:
     """The score matrices and the summary as text."""
-    names, single = results["tasks"], results.get("single")
+    names, single = results["tasks"], results.get("per-task", {}).get("single")
+    methods = [m for m in METHODS if m in results and m != "per-task"]
     wide = max(map(len, names)) + 2
-    for method in ("sequential", "sapt"):
-        if method not in results:
-            continue
+    for method in methods:
         print(f"\n{method}: score on each task (columns) after each stage (rows), in percent")
         print(" " * wide + "".join(f"{n[:14]:>15}" for n in names))
         for name, row in zip(names, results[method]["matrix"], strict=True):
@@ -92,13 +46,11 @@ def show(results: dict[str, Any]) -> None:
     if single:
         print("\nalone".ljust(wide + 1) + "".join(f"{s:>15.1f}" for s in single))
     print(f"\n{'method':<18}{'AP':>8}{'F.Ra':>8}{'FWT':>8}{'BWT':>8}{'routing %':>12}")
-    for method, label in (("sequential", "sequential LoRA"), ("sapt", "SAPT")):
-        if method not in results:
-            continue
+    for method in methods:
         values = summary(results[method]["matrix"], single)
         line = "".join(f"{'-' if v is None else f'{v:.1f}':>8}" for v in values.values())
         routing = results[method].get("routing")
-        print(f"{label:<18}{line}{'-' if routing is None else f'{sum(routing) / len(routing):.1f}':>12}")
+        print(f"{method:<18}{line}{'-' if routing is None else f'{sum(routing) / len(routing):.1f}':>12}")
 
 
 def draw_heatmap(names: list[str], weights: list[list[float]], path: Path) -> None:
@@ -147,33 +99,40 @@ def failures(results: dict[str, Any]) -> list[str]:
 
 
 def main() -> int:
-    args, begun = make_parser(__doc__.splitlines()[0]).parse_args(), time.perf_counter()
-    bench = set_up(args)
-    path = args.out / "results.json"
+    parser = make_parser(__doc__.splitlines()[0])
+    parser.add_argument("--methods", type=lambda text: text.split(","), default=["sequential", "per-task", "sapt"])
+    parser.add_argument("--out", type=Path, default=Path("quickstart-out"))
+    parser.add_argument("--quick", action="store_true", help="a reduced run that only shows that everything works")
+    args, begun = parser.parse_args(), time.perf_counter()
+    unknown = [method for method in args.methods if method not in METHODS]
+    if unknown:
+        parser.error(f"There is no method {unknown}: choose among {list(METHODS)}.")
+    bench = set_up(args, args.out, args.quick)
     settings = {
         "budget": asdict(bench.budget),
         "style": asdict(bench.style),
         "split": args.split,
         "metric": args.metric,
     }
-    results: dict[str, Any] = {"tasks": list(bench.stream), "settings": settings}
+    results: dict[str, Any] = {"tasks": list(bench.stream), "settings": settings, "seconds": {}}
+    pool = None
     for method in args.methods:
-        if method == "sequential":
-            results["sequential"] = {"matrix": learn_sequential(bench)}
-        elif method == "single":
-            known = results.get("sequential")
-            results["single"] = learn_single(bench, known and known["matrix"][0][0])
+        started = time.perf_counter()
+        if method in RECIPES:
+            model, arm, results[method] = learn_pool(bench, RECIPES[method])
+            pool = args.out / "pool"
+            model.save_pretrained(pool)
+            if arm is not None:
+                arm.save_replay(pool)
+            draw_heatmap(results["tasks"], results[method]["mean_weights"], args.out / "attention.png")
         else:
-            model, arm, results["sapt"] = learn_sapt(bench)
-            model.save_pretrained(args.out / "pool")
-            arm.save_replay(args.out / "pool")
-            draw_heatmap(results["tasks"], results["sapt"]["mean_weights"], args.out / "attention.png")
-        results["seconds"] = {**bench.seconds, "total": time.perf_counter() - begun}
-        path.write_text(json.dumps(results, indent=1), encoding="utf-8")
+            results[method] = METHODS[method](bench)
+        results["seconds"][method] = time.perf_counter() - started
+        (args.out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     show(results)
-    if "sapt" in results:
-        reload_and_answer(bench, args.out / "pool")
-    print(f"\nWritten to {args.out}: results.json, attention.png, pool/ ({results['seconds']['total']:.0f} s)")
+    if pool is not None:
+        reload_and_answer(bench, pool)
+    print(f"\nWritten to {args.out}: results.json, attention.png, pool/ ({time.perf_counter() - begun:.0f} s)")
     if args.tasks_dir is not None or args.quick or not {"sequential", "sapt"} <= set(results):
         return 0
     broken = failures(results)

@@ -31,3 +31,7 @@ class LoraFolderError(SaptError):
 
 class KernelError(SaptError, RuntimeError):
     """An implementation of the op was asked for by name that does not exist or cannot run here."""
+
+
+class StreamError(SaptError):
+    """A stream of tasks, or a grid of runs over it, is not what was asked for."""

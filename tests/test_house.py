@@ -71,6 +71,15 @@ def test_public_functions_have_docstrings() -> None:
     assert not bare
 
 
+def test_the_top_level_holds_nothing_else() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    if not listed:
+        pytest.skip("not a git checkout")
+    top = {line.split("/")[0] for line in listed.splitlines()}
+    named = {"peft_sapt", "examples", "tests", "setup.cfg", "pyproject.toml", "CHANGELOG.md", "README.md", "LICENSE"}
+    assert {name for name in top if not name.startswith(".")} == named
+
+
 def readme_blocks() -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
 

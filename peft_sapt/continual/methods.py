@@ -1,0 +1,153 @@
+"""Methods of continual learning, each under one budget: what they score after every stage of a stream.
+
+Every method is a function of a [`Bench`] that returns a plain dict: ``matrix`` R [T][T], row i after stage i, NaN
+above the diagonal, in percent; ``validation``, the scores on the validation rows at the end; and what only it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from tqdm.auto import tqdm
+from transformers import set_seed
+
+from ..config import SaptConfig
+from ..reflection import ArmCallback, GeneratorSettings
+from .learner import Bench, evaluate, stage_row, train, weights_of_prompts
+
+Found = dict[str, Any]
+
+
+def task_type(bench: Bench) -> str:
+    return "SEQ_2_SEQ_LM" if bench.encoder_decoder else "CAUSAL_LM"
+
+
+def lora_config(bench: Bench) -> LoraConfig:
+    return LoraConfig(
+        task_type=task_type(bench),
+        r=bench.budget.r,
+        lora_alpha=bench.budget.lora_alpha,  # type: ignore[arg-type]
+        layers_to_transform=bench.upper_layers(),
+    )
+
+
+def learn_sequential(bench: Bench) -> Found:
+    """One LoRA, trained on task after task."""
+    set_seed(bench.budget.seed)
+    model = get_peft_model(bench.fresh(), lora_config(bench))
+    matrix = []
+    for stage, name in enumerate(tqdm(bench.stream, desc="sequential LoRA")):
+        train(bench, model, name, [])
+        matrix.append(stage_row(bench, model, stage))
+    return {"matrix": matrix, "validation": evaluate(bench, model, list(bench.stream), "validation")}
+
+
+def learn_per_task(bench: Bench) -> Found:
+    """A fresh LoRA for each task, which is named at test time: the upper bound, and FWT's single-task scores."""
+    single, validation = [], []
+    for name in tqdm(bench.stream, desc="one LoRA per task"):
+        set_seed(bench.budget.seed)
+        model = get_peft_model(bench.fresh(), lora_config(bench))
+        train(bench, model, name, [])
+        single += evaluate(bench, model, [name])
+        validation += evaluate(bench, model, [name], "validation")
+    return {"single": single, "matrix": never_forgotten(single), "validation": validation}
+
+
+def never_forgotten(single: list[float]) -> list[list[float]]:
+    """The score matrix of models that are kept apart."""
+    return [[score if j <= i else float("nan") for j, score in enumerate(single)] for i in range(len(single))]
+
+
+@dataclass
+class Recipe:
+    """A variant of SAPT: fields of its config, arguments of its [`ArmCallback`] (None: no callback at all), and
+    whether keys and query projection learn at the blocks' rate, as released."""
+
+    config: dict[str, Any] = field(default_factory=dict)
+    arm: dict[str, Any] | None = field(default_factory=dict)
+    released_rate: bool = False
+
+
+RECIPES = {
+    "sapt": Recipe(),
+    "sapt-ridge": Recipe(config={"router": "ridge"}),
+    "sapt-real-rows": Recipe(arm={"replay": "rows"}),
+    "sapt-no-gate": Recipe(arm={"gate_weight": 0.0}),
+    "sapt-no-arm": Recipe(arm=None),
+    # the release's loss: KL alone, nothing that opens the gate; its gradient, and one learning rate for everything
+    "sapt-as-released": Recipe(
+        config={"old_block_gradient": False}, arm={"gate_weight": 0.0, "align_steps": 0}, released_rate=True
+    ),
+}
+
+
+def sapt_config(bench: Bench, **fields: Any) -> SaptConfig:
+    return SaptConfig(
+        task_type=task_type(bench),
+        task_name=next(iter(bench.stream)),
+        r=bench.budget.r,
+        lora_alpha=bench.budget.lora_alpha,
+        layers_to_transform=bench.upper_layers(),
+        **fields,
+    )
+
+
+def arm_for(bench: Bench, **arguments: Any) -> ArmCallback:
+    budget = bench.budget
+    settings = GeneratorSettings(
+        epochs=budget.generator_epochs,
+        batch_size=budget.generator_batch,
+        learning_rate=budget.generator_lr,
+        draw_batch_size=budget.draw_batch,
+    )
+    return ArmCallback(bench.tokenizer, **{"align_steps": budget.align_steps, "generator": settings, **arguments})
+
+
+def learn_pool(bench: Bench, recipe: Recipe) -> tuple[PeftModel, ArmCallback | None, Found]:
+    """A pool, its callback, and beside ``matrix``: ``train_weights`` [T][T], the mean attention on each task's
+    training prompts when it had been learned; ``mean_weights`` [T][T] and ``prompt_weights`` [T][N][T] on the scored
+    prompts at the end; ``routing``, percent of prompts whose own block leads; ``gates_while_training``;
+    ``pseudo_samples``."""
+    names = list(bench.stream)
+    set_seed(bench.budget.seed)
+    model = get_peft_model(bench.fresh(), sapt_config(bench, **recipe.config))
+    arm = None if recipe.arm is None else arm_for(bench, **recipe.arm)
+    rate = bench.budget.lr if recipe.released_rate else bench.budget.attention_lr
+    matrix, gates, train_weights = [], {}, []
+    for stage, name in enumerate(tqdm(names, desc="SAPT")):
+        if name not in model.tasks:
+            model.add_task(name)
+        callbacks = [] if arm is None else [arm]
+        trainer = train(bench, model, name, callbacks, attention_lr=rate, marks_prompts=True)
+        gates[name] = [h[f"attention/{name}"] for h in trainer.state.log_history if f"attention/{name}" in h]
+        mean = weights_of_prompts(bench, model, name, "train").mean(dim=0).tolist()
+        train_weights.append(mean + [0.0] * (len(names) - stage - 1))
+        matrix.append(stage_row(bench, model, stage))
+    found = {"matrix": matrix, "validation": evaluate(bench, model, names, "validation")}
+    found |= {"train_weights": train_weights, **attention_of(bench, model), "gates_while_training": gates}
+    return model, arm, found | {"pseudo_samples": {} if arm is None else arm.reports}
+
+
+def attention_of(bench: Bench, model: PeftModel) -> Found:
+    names = list(bench.stream)
+    attention = {name: weights_of_prompts(bench, model, name) for name in names}
+    return {
+        "mean_weights": [attention[name].mean(dim=0).tolist() for name in names],
+        "prompt_weights": {n: [[float(f"{v:.4g}") for v in row] for row in attention[n].tolist()] for n in names},
+        "routing": [100.0 * float((attention[n].argmax(dim=1) == i).float().mean()) for i, n in enumerate(names)],
+    }
+
+
+def _of_recipe(recipe: Recipe) -> Callable[[Bench], Found]:
+    return lambda bench: learn_pool(bench, recipe)[2]
+
+
+METHODS: dict[str, Callable[[Bench], Found]] = {
+    "sequential": learn_sequential,
+    "per-task": learn_per_task,
+    **{name: _of_recipe(recipe) for name, recipe in RECIPES.items()},
+}
