@@ -8,6 +8,7 @@ Writes <results>/<benchmark>/<method>.<order>.<seed>.json. Start it twice to use
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -16,6 +17,14 @@ from settings import make_parser, set_up
 
 from peft_sapt.continual.grid import run_grid, runs_of
 from peft_sapt.errors import StreamError
+
+
+def commit() -> str | None:
+    """The commit these sources are at, if they are a git checkout."""
+    found = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() or None
 
 
 def main() -> int:
@@ -29,7 +38,7 @@ def main() -> int:
     try:
         runs = runs_of(args.benchmark, args.methods, args.orders, args.seeds)
         with tempfile.TemporaryDirectory() as work:
-            run_grid(set_up(args, Path(work)), runs, args.results, {"model": args.model})
+            run_grid(set_up(args, Path(work)), runs, args.results, {"model": args.model, "commit": commit()})
     except StreamError as error:
         raise SystemExit(str(error)) from None
     return 0
