@@ -122,10 +122,13 @@ class SharedAttention(ClosedForm, nn.Module, PoolModule):
     def seal(self, adapter: str, sealed: bool) -> None:
         super().seal(adapter, sealed or self.closed_form(adapter))
 
-    def fresh_key(self, adapter: str) -> Tensor:
-        """What the key of a task starts as: random, or for the closed form no sum at all."""
+    def part_sizes(self, config: SaptConfig) -> list[int]:
+        return [1] * len(config.tasks or [])
+
+    def newest_part(self, adapter: str, rank: int) -> dict[str, Tensor]:
+        """A random key, or for the closed form no sum at all."""
         d = self.configs[adapter].token_dim or 0
-        return torch.zeros(1, d + 1) if self.closed_form(adapter) else new_key(d, None)
+        return {"sapt_key": torch.zeros(1, d + 1) if self.closed_form(adapter) else new_key(d, None)}
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)

@@ -9,6 +9,7 @@ from typing import Any
 
 from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME, PeftType
+from peft.utils.constants import DUMMY_TARGET_MODULES
 
 from .card import add_usage
 from .errors import SaptError, TaskError
@@ -89,7 +90,14 @@ class SaptConfig(PeftConfig):
         default=True,
         metadata={"help": "True: a new block is the identity (B = 0). False: random, non-zero blocks, for tests."},
     )
-    block: str = field(default="lora", metadata={"help": "Kind of block; 'lora' is the one available."})
+    block: str = field(
+        default="lora",
+        metadata={
+            "help": "'lora': low-rank updates of target_modules. 'prompt': soft prompts of equal length, mixed and "
+            "put before the input (SAPT-Prompt), for language models; a fresh one is not the identity."
+        },
+    )
+    num_virtual_tokens: int = field(default=20, metadata={"help": "block='prompt': length of each soft prompt."})
     router: str = field(
         default="attention",
         metadata={
@@ -176,13 +184,16 @@ class SaptConfig(PeftConfig):
             raise SaptError("layers_pattern is given without layers_to_transform: give both, or neither.")
         self._check_ranges()
         self._check_tasks()
+        if self.block == "prompt":
+            self._check_prompt()
 
     def _check_ranges(self) -> None:
         checks: list[tuple[str, bool, str]] = [
             ("r", _whole(self.r) and self.r > 0, "a positive int"),
             ("lora_alpha", _positive(self.lora_alpha), "a positive number"),
             ("lora_dropout", _number(self.lora_dropout) and 0 <= self.lora_dropout < 1, "a number in [0, 1)"),
-            ("block", self.block == "lora", "'lora'"),
+            ("block", self.block in ("lora", "prompt"), "'lora' or 'prompt'"),
+            ("num_virtual_tokens", _whole(self.num_virtual_tokens) and self.num_virtual_tokens > 0, "a positive int"),
             ("router", self.router in ("attention", "ridge"), "'attention' or 'ridge'"),
             ("ridge", _positive(self.ridge), "a positive number"),
             ("fallback", self.fallback is None or _number(self.fallback), "a number or None"),
@@ -235,6 +246,17 @@ class SaptConfig(PeftConfig):
                     f"SaptConfig.{name} must hold one {'whole' if valid is _whole else 'positive'} number for each of "
                     f"the {count} tasks, got {values!r}."
                 )
+
+    def _check_prompt(self) -> None:
+        """No module is adapted by soft prompts; PEFT has a name for that."""
+        for name in ("target_modules", "exclude_modules", "layers_to_transform", "lora_dropout"):
+            if getattr(self, name) and getattr(self, name) != DUMMY_TARGET_MODULES:
+                raise SaptError(f"SaptConfig.{name} is for block='lora': soft prompts adapt no module. Leave it out.")
+        if self.task_type not in (None, "CAUSAL_LM", "SEQ_2_SEQ_LM"):
+            raise SaptError(
+                f"block='prompt' is for decoder-only and encoder-decoder language models, not for {self.task_type}."
+            )
+        self.target_modules = DUMMY_TARGET_MODULES
 
     @property
     def closed_form(self) -> bool:

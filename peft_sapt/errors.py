@@ -35,3 +35,7 @@ class KernelError(SaptError, RuntimeError):
 
 class StreamError(SaptError):
     """A stream of tasks, or a grid of runs over it, is not what was asked for."""
+
+
+class PromptFolderError(SaptError):
+    """A folder cannot be read or written as a soft prompt of PEFT's prompt tuning, or it does not fit the pool."""

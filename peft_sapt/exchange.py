@@ -16,6 +16,8 @@ from .errors import LoraFolderError, TaskError, WeightsError
 from .layer import SaptLayer
 from .lora_folder import Factors, read_lora, write_lora
 from .pool import linear_from
+from .prompt_folder import read_prompt, write_prompt
+from .soft_prompt import SoftPrompts
 from .tasks import TaskPool
 
 
@@ -25,15 +27,20 @@ class LoraExchange(TaskPool):
     def export_task(self, name: str, folder: str | os.PathLike) -> None:
         """Write one task's block as a plain LoRA adapter, which needs PEFT alone (or a LoRA server) to run.
 
+        With ``block="prompt"`` it is an adapter of PEFT's prompt tuning, here and in the other two.
+
         Its logits are those of the pool with ``sapt_task=name``. A block that was trained beside older ones, with a
         share of attention on them, may rely on them: compare with ``export_mixture``.
 
         Raises:
             TaskError: unknown name.
-            LoraFolderError: ``folder`` is a file.
+            LoraFolderError, PromptFolderError: ``folder`` is a file.
         """
         self.refuse_sharded("export_task")
         index, config = self.index_of(name), self.pool_config
+        if config.block == "prompt":
+            write_prompt(folder, config, self._prompts()[index])
+            return
         rank, alpha = (config.task_ranks or [])[index], (config.task_alphas or [])[index]
         factors = {key: pair[index] for key, pair in self._factors().items()}
         write_lora(
@@ -57,24 +64,11 @@ class LoraExchange(TaskPool):
             TaskError: ``weights`` names an unknown task.
         """
         self.refuse_sharded("export_mixture")
-        config = self.pool_config
-        if isinstance(weights, Mapping):
-            chosen = [0.0] * len(self.tasks)
-            for name, weight in weights.items():
-                chosen[self.index_of(name)] = float(weight)
-        else:
-            given = torch.as_tensor(weights).float()
-            if given.dim() > 1 and given.shape[0] > 1:
-                raise WeightsError(
-                    f"export_mixture got weights of shape {list(given.shape)}: one LoRA is one mixture, so pass a "
-                    "single row of them."
-                )
-            chosen = given.flatten().tolist()
-        if len(chosen) != len(self.tasks) or not torch.tensor(chosen).isfinite().all() or not any(chosen):
-            raise WeightsError(
-                f"export_mixture got weights {chosen}: give one finite number for each of the tasks {self.tasks}, not "
-                "all of them 0."
-            )
+        config, chosen = self.pool_config, self._chosen(weights)
+        if config.block == "prompt":
+            prompts = torch.stack([prompt.float() for prompt in self._prompts()])  # [T, P, d]
+            write_prompt(folder, config, torch.einsum("t,tpd->pd", torch.tensor(chosen).to(prompts), prompts))
+            return
         kept = [i for i, weight in enumerate(chosen) if weight]
         scales = [chosen[i] * config.scalings[i] for i in kept]
         factors: Factors = {}
@@ -95,8 +89,12 @@ class LoraExchange(TaskPool):
 
         Raises:
             LoraFolderError: the folder is no plain LoRA, or adapts modules that the pool does not. Nothing is changed.
+            PromptFolderError: the folder is no soft prompt, or one of another length.
             TaskError: the name is malformed or belongs to an older task.
         """
+        if self.pool_config.block == "prompt":
+            self._import_prompt(name, folder)
+            return
         lora = read_lora(folder)
         layers = self._layers()
         foreign = sorted(set(lora.factors) - set(layers))
@@ -114,14 +112,7 @@ class LoraExchange(TaskPool):
                 )
         config, adapter = self.pool_config, self.pool_name
         alpha = lora.scaling * (lora.r**0.5 if config.use_rslora else lora.r)
-        if name == self.current_task and name not in self.committed_tasks:
-            self.refuse_sharded("import_task")
-        elif name in self.tasks:
-            raise TaskError(
-                f"Task {name!r} is in the pool and committed, so its block cannot be replaced: choose another name."
-            )
-        else:
-            self.add_task(name, r=lora.r, lora_alpha=alpha)
+        self._open(name, r=lora.r, lora_alpha=alpha)
         for key, layer in layers.items():
             block = layer.new_block(lora.r)
             if key in lora.factors:
@@ -132,11 +123,62 @@ class LoraExchange(TaskPool):
                 getattr(layer, attr)[adapter] = linear_from(value.to(weight.device, weight.dtype))
         config.task_ranks = [*(config.task_ranks or [])[:-1], lora.r]
         config.task_alphas = [*(config.task_alphas or [])[:-1], alpha]
-        config.inference_mode = False
-        self.prompt_router.routing.forget(adapter)
-        self.refresh_trainable()
+        self._imported()
 
     # --- parts --------------------------------------------------------------------------------------------------
+
+    def _import_prompt(self, name: str, folder: str | os.PathLike) -> None:
+        config, adapter, prompts = self.pool_config, self.pool_name, self._soft_prompts()
+        prompt = read_prompt(folder, config.num_virtual_tokens, config.token_dim or 0)
+        self._open(name)
+        weight = prompts.sapt_prompt[adapter].weight
+        prompts.sapt_prompt[adapter] = linear_from(prompt.to(weight.device, weight.dtype))
+        self._imported()
+
+    def _open(self, name: str, **block: Any) -> None:
+        """Make ``name`` the current task, if it is not."""
+        if name == self.current_task and name not in self.committed_tasks:
+            self.refuse_sharded("import_task")
+        elif name in self.tasks:
+            raise TaskError(
+                f"Task {name!r} is in the pool and committed, so its block cannot be replaced: choose another name."
+            )
+        else:
+            self.add_task(name, **block)
+
+    def _imported(self) -> None:
+        self.pool_config.inference_mode = False
+        self.prompt_router.routing.forget(self.pool_name)
+        self.refresh_trainable()
+
+    def _chosen(self, weights: Mapping[str, float] | Sequence[float] | Tensor) -> list[float]:
+        """``weights`` as one number per task."""
+        if isinstance(weights, Mapping):
+            chosen = [0.0] * len(self.tasks)
+            for name, weight in weights.items():
+                chosen[self.index_of(name)] = float(weight)
+        else:
+            given = torch.as_tensor(weights).float()
+            if given.dim() > 1 and given.shape[0] > 1:
+                raise WeightsError(
+                    f"export_mixture got weights of shape {list(given.shape)}: one adapter is one mixture, so pass a "
+                    "single row of them."
+                )
+            chosen = given.flatten().tolist()
+        if len(chosen) != len(self.tasks) or not torch.tensor(chosen).isfinite().all() or not any(chosen):
+            raise WeightsError(
+                f"export_mixture got weights {chosen}: give one finite number for each of the tasks {self.tasks}, not "
+                "all of them 0."
+            )
+        return chosen
+
+    def _soft_prompts(self) -> SoftPrompts:
+        return self.model.soft_prompts  # type: ignore[return-value]
+
+    def _prompts(self) -> list[Tensor]:
+        """Soft prompts [P, d] of the tasks, oldest first."""
+        prompts = self._soft_prompts()
+        return prompts.parts("sapt_prompt", self.pool_name, self.sizes_of(prompts))
 
     def _layers(self) -> dict[str, SaptLayer]:
         """Target layers of the active pool by the names that their base layers had in the base model."""

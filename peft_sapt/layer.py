@@ -97,6 +97,12 @@ class SaptLayer(PoolModule):
             nn.init.normal_(b, std=1 / math.sqrt(self.in_features))
         return {"sapt_A": a, "sapt_B": b}
 
+    def part_sizes(self, config: SaptConfig) -> list[int]:
+        return list(config.task_ranks or [])
+
+    def newest_part(self, adapter: str, rank: int) -> dict[str, Tensor]:
+        return self.new_block(rank, self.configs[adapter].init_weights)
+
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self.configs.pop(adapter_name, None)

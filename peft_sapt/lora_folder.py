@@ -65,7 +65,7 @@ def write_lora(
     target = Path(folder)
     if target.is_file():
         raise LoraFolderError(f"{target} is a file: give a folder for the LoRA adapter.")
-    if _holds_a_pool(target / CONFIG_NAME):
+    if holds_a_pool(target / CONFIG_NAME):
         raise LoraFolderError(f"{target} holds a SAPT pool, which this would overwrite: give another folder.")
     target.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in (extra or {}).items()}
@@ -119,7 +119,8 @@ def read_lora(folder: str | os.PathLike) -> LoraFolder:
     return LoraFolder(factors, r, alpha / r**0.5 if config.get("use_rslora") else alpha / r)
 
 
-def _holds_a_pool(path: Path) -> bool:
+def holds_a_pool(path: Path) -> bool:
+    """Whether the config file ``path`` is that of a pool."""
     try:
         return '"peft_type": "SAPT"' in path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):

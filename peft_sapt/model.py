@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,20 +14,24 @@ from torch import Tensor, nn
 
 from .attention import SharedAttention
 from .config import SaptConfig
-from .errors import PoolFormatError, SaptError
+from .errors import SaptError
 from .exchange import LoraExchange
 from .layer import Linear, SaptLayer, takes_as_linear
 from .mixture import Mixture
 from .pool import PoolModule
+from .pooling import checked_token_dim, embedding_weight
 from .prompt_mask import inferred_mask
 from .routing import KEPT, SAPT_ARGUMENTS, PromptRouter, Routing, batch_of
 from .saving import PoolSaving
+from .soft_prompt import SoftPrompts, check_generation
 from .tasks import seal_from_targets
 
 try:  # accelerate is PEFT's own dependency; a private move there must not break the import
     from accelerate import init_empty_weights
 except ImportError:  # pragma: no cover
     init_empty_weights = None
+
+OWN_MODULES = ("shared_attention", "soft_prompts")  # of ours, on the base model
 
 
 class SaptModel(LoraExchange, PoolSaving, BaseTuner):
@@ -72,13 +76,15 @@ class SaptModel(LoraExchange, PoolSaving, BaseTuner):
         config.token_dim = checked_token_dim(config.token_dim, embedding)
         known: SharedAttention | None = getattr(model, "shared_attention", None)
         self._routing: Routing = Routing() if known is None else known.router.routing
-        if known is not None:  # so that no name in modules_to_save, as "norm", is found in the attention
-            del model.shared_attention
+        own = [name for name in OWN_MODULES if hasattr(model, name)]
+        taken = {name: getattr(model, name) for name in own}
+        for name in own:  # so that no name in modules_to_save, as "norm", is found in them
+            delattr(model, name)
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         finally:
-            if known is not None:
-                model.shared_attention = known
+            for name, module in taken.items():
+                setattr(model, name, module)
         if known is None:
             attention = SharedAttention()
             attention.router = PromptRouter(attention, self._routing)
@@ -87,13 +93,20 @@ class SaptModel(LoraExchange, PoolSaving, BaseTuner):
             attention.router.handles.append(model.register_load_state_dict_post_hook(seal_after_load))
             known = attention
         device = None if embedding is None else embedding.device
-        if low_cpu_mem_usage and init_empty_weights is not None:
-            with init_empty_weights():
-                known.update_layer(adapter_name, config, None)
-        else:
-            known.update_layer(adapter_name, config, device)
-        known.set_adapter(self.active_adapters, inference_mode=bool(config.inference_mode))
+        with init_empty_weights() if low_cpu_mem_usage and init_empty_weights is not None else nullcontext():
+            known.update_layer(adapter_name, config, None if low_cpu_mem_usage else device)
+            if config.block == "prompt":
+                self._add_soft_prompts(model, known.router).update_layer(adapter_name, config, embedding)
+        for module in (known, known.router.prompts):
+            if module is not None:
+                module.set_adapter(self.active_adapters, inference_mode=bool(config.inference_mode))
         seal_from_targets(model)
+
+    def _add_soft_prompts(self, model: nn.Module, router: PromptRouter) -> SoftPrompts:
+        if router.prompts is None:
+            model.soft_prompts = router.prompts = SoftPrompts()
+            router.prompts.router = router
+        return router.prompts
 
     def _create_and_replace(
         self,
@@ -195,6 +208,8 @@ class SaptModel(LoraExchange, PoolSaving, BaseTuner):
         if adapter is None:
             return self.model.generate(*args, **kwargs)  # type: ignore[operator]
         self._routing.clear()
+        if self.peft_config[adapter].block == "prompt":
+            check_generation(kwargs, kwargs.get("generation_config"), self.model.generation_config)
         with self._held(self._generation_mixture(adapter, args, {**kwargs, **given})):
             return self.model.generate(*args, **kwargs)  # type: ignore[operator]
 
@@ -249,7 +264,9 @@ class SaptModel(LoraExchange, PoolSaving, BaseTuner):
         model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         if hasattr(model, "shared_attention"):
             model.shared_attention.router.detach()
-            del model.shared_attention
+        for name in OWN_MODULES:
+            if hasattr(model, name):
+                delattr(model, name)
         return model
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
@@ -261,25 +278,3 @@ class SaptModel(LoraExchange, PoolSaving, BaseTuner):
 
 def seal_after_load(model: nn.Module, incompatible: Any) -> None:
     seal_from_targets(model)
-
-
-def embedding_weight(model: nn.Module) -> Tensor | None:
-    try:
-        embedding = model.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        return None
-    return getattr(embedding, "weight", None)
-
-
-def checked_token_dim(wanted: int | None, embedding: Tensor | None) -> int:
-    if embedding is None:
-        if wanted is None:
-            raise SaptError("The base model has no input embeddings: give SaptConfig(token_dim=...).")
-        return wanted
-    found = int(embedding.shape[-1])
-    if wanted is not None and wanted != found:
-        raise PoolFormatError(
-            f"SaptConfig.token_dim is {wanted}, but this base model's token embeddings have width {found}: the "
-            "pool was made for another base model. Load it onto that one."
-        )
-    return found

@@ -56,6 +56,14 @@ class PoolModule(BaseTunerLayer):
     stacks: dict[str, str] = {}
     configs: dict[str, SaptConfig]
 
+    def part_sizes(self, config: SaptConfig) -> list[int]:
+        """Rows that each task of ``config`` has in a stack, oldest first."""
+        raise NotImplementedError
+
+    def newest_part(self, adapter: str, rank: int) -> dict[str, Tensor]:
+        """What a new task starts with, by container; ``rank`` is that of its LoRA block."""
+        raise NotImplementedError
+
     def holds(self, adapter: str) -> bool:
         return adapter in getattr(self, next(iter(self.stacks)))
 

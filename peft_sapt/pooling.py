@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .attention import max_pool, mean_pool, whole
 from .config import SaptConfig
-from .errors import PromptError
+from .errors import PoolFormatError, PromptError, SaptError
 from .packing import (
     before_labels_in_segments,
     max_pool_segments,
@@ -153,3 +153,26 @@ def is_encoder_decoder(module: nn.Module) -> bool:
     return bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False)) and hasattr(
         module, "get_encoder"
     )
+
+
+def embedding_weight(model: nn.Module) -> Tensor | None:
+    """Token embeddings [V, d] of the base model, if it has any."""
+    try:
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    return getattr(embedding, "weight", None)
+
+
+def checked_token_dim(wanted: int | None, embedding: Tensor | None) -> int:
+    if embedding is None:
+        if wanted is None:
+            raise SaptError("The base model has no input embeddings: give SaptConfig(token_dim=...).")
+        return wanted
+    found = int(embedding.shape[-1])
+    if wanted is not None and wanted != found:
+        raise PoolFormatError(
+            f"SaptConfig.token_dim is {wanted}, but this base model's token embeddings have width {found}: the "
+            "pool was made for another base model. Load it onto that one."
+        )
+    return found

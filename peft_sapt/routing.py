@@ -21,6 +21,7 @@ from .errors import PromptError, SaptError, TaskError, WeightsError
 from .mixture import Mixture, Stack
 from .pool import seal_heads
 from .pooling import is_encoder_decoder, read_prompts
+from .soft_prompt import VIRTUAL, SoftPrompts, put_before, without_virtual
 from .weights import check_weights, one_hot, select
 
 SAPT_ARGUMENTS = ("sapt_task", "sapt_weights", "sapt_prompt_mask")
@@ -37,6 +38,7 @@ class Routing(threading.local):
         self.gates: Tensor | None = None  # [B, R]
         self.owner: nn.Module | None = None  # the module whose forward they belong to
         self.cache: Any = None  # that this forward was given to fill
+        self.longer: int | None = None  # positions that its logits have with virtual tokens, which are to be cut
         self.session: Mixture | None = None  # while generate() runs
         self.learned: dict[str, str | None] = {}  # by adapter: the task that its closed-form router is known to know
         self.stacks: dict[nn.Module, Stack] | None = None  # by layer, in a session, where no factor can change
@@ -55,7 +57,7 @@ class Routing(threading.local):
         self.learned.pop(adapter, None)
 
     def clear(self) -> None:
-        self.mixture = self.weights = self.gates = self.owner = self.cache = None
+        self.mixture = self.weights = self.gates = self.owner = self.cache = self.longer = None
 
 
 class PromptRouter:
@@ -64,6 +66,7 @@ class PromptRouter:
     def __init__(self, attention: SharedAttention, routing: Routing) -> None:
         self.attention = attention
         self.routing = routing
+        self.prompts: SoftPrompts | None = None  # of pools with block="prompt"
         self.handles: list[Any] = []
         self.base: nn.Module | None = None
 
@@ -108,25 +111,41 @@ class PromptRouter:
             gate_checkpoints(module, self.routing)
             if self.attention.head_is_shut(adapter):
                 seal_heads(module, adapter, sealed=True, trains=False)
+        if self.attention.configs[adapter].block == "prompt":
+            return (), self.with_prompt(module, adapter, {**named_arguments(module, args), **kwargs})
         return args, kwargs
+
+    def with_prompt(self, module: nn.Module, adapter: str, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a forward with the mixed soft prompt in front."""
+        prompts, weights = self.prompts, self.routing.weights
+        assert prompts is not None and weights is not None and self.base is not None
+        length, encoder_decoder = self.attention.configs[adapter].num_virtual_tokens, is_encoder_decoder(self.base)
+        changed, self.routing.longer = put_before(
+            module, lambda: prompts.mixed(adapter, weights), length, inputs, encoder_decoder
+        )
+        return changed
 
     def use(self, mixture: Mixture) -> None:
         self.routing.mixture, self.routing.weights, self.routing.gates = mixture, mixture.weights, mixture.gates
 
     @torch.compiler.disable
-    def after(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def after(self, module: nn.Module, args: tuple, output: Any) -> Any:
         routing = self.routing
         mixture = routing.mixture
         if mixture is None or routing.owner is not module:
-            return
+            return None
         cache = getattr(output, "past_key_values", routing.cache)
         if mixture.weights.dim() == 3:
             pass  # per token of packed rows: nothing that a next token could continue
         elif cache is not None and not isinstance(cache, tuple):
             setattr(cache, KEPT, mixture.detached())
+            if mixture.config.block == "prompt":
+                setattr(cache, VIRTUAL, mixture.config.num_virtual_tokens)
         elif hasattr(output, "last_hidden_state") and not hasattr(output, "logits"):
             setattr(output, KEPT, mixture)
+        longer = routing.longer
         routing.clear()
+        return None if longer is None else without_virtual(output, mixture.config.num_virtual_tokens, longer)
 
     def mixture_for(self, module: nn.Module, adapter: str, inputs: dict[str, Any]) -> Mixture:
         """Attention weights of one forward of ``module``, float32: [B, T], or [B, S, T] for packed rows."""

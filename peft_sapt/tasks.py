@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from .attention import SharedAttention
 from .config import SaptConfig, check_task_name
 from .errors import PromptError, TaskError
-from .layer import SaptLayer
 from .pool import PoolModule, linear_from, seal_heads, sharding_of
 from .reading import PromptReader
 
@@ -95,10 +94,7 @@ class TaskPool(PromptReader):
             self.commit_task()
         for module in self.pool_modules():
             reference = next(p for attr in module.stacks for p in getattr(module, attr)[adapter].parameters())
-            if isinstance(module, SaptLayer):
-                newest = module.new_block(rank, config.init_weights)
-            else:
-                newest = {"sapt_key": self.attention.fresh_key(adapter)}
+            newest = module.newest_part(adapter, rank)
             module.push(adapter, {k: v.to(reference.device, reference.dtype) for k, v in newest.items()})
         targets = nn.functional.pad(self.attention.targets(adapter), (0, 1, 0, 1))
         self.attention.sapt_targets[adapter] = linear_from(targets)
@@ -251,9 +247,7 @@ class TaskPool(PromptReader):
         return self.tasks.index(name)
 
     def sizes_of(self, module: PoolModule) -> list[int]:
-        return (
-            [1] * len(self.tasks) if isinstance(module, SharedAttention) else list(self.pool_config.task_ranks or [])
-        )
+        return module.part_sizes(self.pool_config)
 
     def take_tasks(self, config: SaptConfig, other: SaptConfig) -> None:
         for name in ("tasks", "task_ranks", "task_alphas", "replay_rows", "task_name"):

@@ -89,7 +89,7 @@ def test_a_bad_rank_adds_nothing(model, rank) -> None:
     ("field", "value"),
     [
         ("r", 0), ("r", 1.5), ("lora_alpha", 0), ("lora_alpha", float("nan")), ("lora_dropout", 1.0),
-        ("block", "prompt"), ("router", "magic"), ("query_dim", 0), ("query_activation", "before"),
+        ("block", "adapter"), ("router", "magic"), ("query_dim", 0), ("query_activation", "before"),
         ("temperature", 0.0), ("task_ranks", [4, 4]), ("replay_rows", [-1]), ("tasks", []), ("tasks", "ab"),
         ("layers_pattern", "layers"),
     ],

@@ -57,6 +57,48 @@ def learn_per_task(bench: Bench) -> Found:
     return {"single": single, "matrix": never_forgotten(single), "validation": validation}
 
 
+def prompt_tuning(bench: Bench) -> tuple[PeftModel, dict[str, Any]]:
+    """A model with one soft prompt, and how it trains.
+
+    It is a pool of one, which is PEFT's prompt tuning to the bit (tests/test_soft_prompt.py), with the virtual tokens
+    next to the row's however it is padded.
+    """
+    set_seed(bench.budget.seed)
+    model = get_peft_model(bench.fresh(adapts_input=True), sapt_config(bench, block="prompt"))
+    return model, prompt_training(bench)
+
+
+def prompt_training(bench: Bench) -> dict[str, Any]:
+    budget = bench.budget
+    return {
+        "lr": budget.prompt_lr,
+        "epochs": budget.prompt_epochs,
+        "attention_lr": budget.attention_lr,
+        "marks_prompts": True,
+    }
+
+
+def learn_prompt_sequential(bench: Bench) -> Found:
+    """One soft prompt, trained on task after task."""
+    model, training = prompt_tuning(bench)
+    matrix = []
+    for stage, name in enumerate(tqdm(bench.stream, desc="sequential prompt tuning")):
+        train(bench, model, name, [], **training)
+        matrix.append(stage_row(bench, model, stage))
+    return {"matrix": matrix, "validation": evaluate(bench, model, list(bench.stream), "validation")}
+
+
+def learn_prompt_per_task(bench: Bench) -> Found:
+    """A soft prompt for each task, which is named at test time."""
+    single, validation = [], []
+    for name in tqdm(bench.stream, desc="one prompt per task"):
+        model, training = prompt_tuning(bench)
+        train(bench, model, name, [], **training)
+        single += evaluate(bench, model, [name])
+        validation += evaluate(bench, model, [name], "validation")
+    return {"single": single, "matrix": never_forgotten(single), "validation": validation}
+
+
 def never_forgotten(single: list[float]) -> list[list[float]]:
     """The score matrix of models that are kept apart."""
     return [[score if j <= i else float("nan") for j, score in enumerate(single)] for i in range(len(single))]
@@ -75,6 +117,8 @@ class Recipe:
 RECIPES = {
     "sapt": Recipe(),
     "sapt-ridge": Recipe(config={"router": "ridge"}),
+    "sapt-prompt": Recipe(config={"router": "ridge", "block": "prompt"}),
+    "sapt-prompt-learned": Recipe(config={"block": "prompt"}),
     "sapt-real-rows": Recipe(arm={"replay": "rows"}),
     "sapt-no-gate": Recipe(arm={"gate_weight": 0.0}),
     "sapt-no-arm": Recipe(arm=None),
@@ -86,14 +130,12 @@ RECIPES = {
 
 
 def sapt_config(bench: Bench, **fields: Any) -> SaptConfig:
-    return SaptConfig(
-        task_type=task_type(bench),
-        task_name=next(iter(bench.stream)),
-        r=bench.budget.r,
-        lora_alpha=bench.budget.lora_alpha,
-        layers_to_transform=bench.upper_layers(),
-        **fields,
-    )
+    own: dict[str, Any] = {"r": bench.budget.r, "lora_alpha": bench.budget.lora_alpha}
+    if fields.get("block") == "prompt":
+        own["num_virtual_tokens"] = bench.budget.virtual_tokens
+    else:
+        own["layers_to_transform"] = bench.upper_layers()
+    return SaptConfig(task_type=task_type(bench), task_name=next(iter(bench.stream)), **own, **fields)
 
 
 def arm_for(bench: Bench, **arguments: Any) -> ArmCallback:
@@ -114,15 +156,17 @@ def learn_pool(bench: Bench, recipe: Recipe) -> tuple[PeftModel, ArmCallback | N
     ``pseudo_samples``."""
     names = list(bench.stream)
     set_seed(bench.budget.seed)
-    model = get_peft_model(bench.fresh(), sapt_config(bench, **recipe.config))
+    prompt = recipe.config.get("block") == "prompt"
+    model = get_peft_model(bench.fresh(adapts_input=prompt), sapt_config(bench, **recipe.config))
     arm = None if recipe.arm is None else arm_for(bench, **recipe.arm)
     rate = bench.budget.lr if recipe.released_rate else bench.budget.attention_lr
+    training = prompt_training(bench) if prompt else {"attention_lr": rate, "marks_prompts": True}
     matrix, gates, train_weights = [], {}, []
     for stage, name in enumerate(tqdm(names, desc="SAPT")):
         if name not in model.tasks:
             model.add_task(name)
         callbacks = [] if arm is None else [arm]
-        trainer = train(bench, model, name, callbacks, attention_lr=rate, marks_prompts=True)
+        trainer = train(bench, model, name, callbacks, **training)
         gates[name] = [h[f"attention/{name}"] for h in trainer.state.log_history if f"attention/{name}" in h]
         mean = weights_of_prompts(bench, model, name, "train").mean(dim=0).tolist()
         train_weights.append(mean + [0.0] * (len(names) - stage - 1))
@@ -149,5 +193,7 @@ def _of_recipe(recipe: Recipe) -> Callable[[Bench], Found]:
 METHODS: dict[str, Callable[[Bench], Found]] = {
     "sequential": learn_sequential,
     "per-task": learn_per_task,
+    "prompt-sequential": learn_prompt_sequential,
+    "prompt-per-task": learn_prompt_per_task,
     **{name: _of_recipe(recipe) for name, recipe in RECIPES.items()},
 }

@@ -56,7 +56,7 @@ def generator_adapter(model: Any, settings: GeneratorSettings) -> Iterator[None]
         r=settings.r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
-        target_modules=pool.target_modules,
+        target_modules=None if pool.block == "prompt" else pool.target_modules,
         exclude_modules=pool.exclude_modules,
         layers_to_transform=pool.layers_to_transform,
         layers_pattern=pool.layers_pattern,
