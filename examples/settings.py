@@ -37,6 +37,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--min-input", type=int, default=24, help="tokens of the input that are never cut")
     parser.add_argument("--rows", type=int, help="training rows per task")
     parser.add_argument("--test-rows", type=int, help="rows per task to answer; routing is measured on all")
+    parser.add_argument("--split-rows", type=int, help="validation and test rows per task that are read at all")
     parser.add_argument("--split", choices=["validation", "test"], default="test", help="split that is scored")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "peft-sapt")
     for item in fields(Budget):
@@ -60,5 +61,6 @@ def set_up(args: argparse.Namespace, work: Path, quick: bool = False) -> Bench:
         rows, tests, budget.generator_epochs = 40, 10, 4.0
     for splits in stream.values():
         splits["train"] = splits["train"][:rows]
+        splits |= {name: splits[name][: args.split_rows] for name in ("validation", "test")}
     work.mkdir(parents=True, exist_ok=True)
     return Bench(base, tokenizer, stream, style, METRICS[args.metric](), budget, work, args.split, tests)

@@ -65,6 +65,11 @@ def test_a_grid_writes_each_run_once(tmp_path) -> None:
     assert result["tasks"] == ["second", "first"] and result["matrix"][0][1] is None
     assert set(result["summary"]) == {"AP", "F.Ra", "BWT"} and result["provenance"]["model"] == "tiny"
     assert len(result["train_weights"]) == len(result["routing"]) == 2
+    assert result["routing_by_stage"][-1] == result["routing"] and result["routing_by_stage"][0][1] is None
+    own = [result["mean_weights"][i][i] for i in range(2)]
+    assert result["own_weight_by_stage"][-1] == pytest.approx(own)
+    replayed = json.loads(Run("tiny", "sapt-real-rows").path(tmp_path / "out").read_text())["pseudo_samples"]
+    assert all(report["real_rows"] and 0 <= report["routed_to_own"] <= 100 for report in replayed.values())
 
 
 def test_other_settings_are_not_mixed_in(tmp_path) -> None:

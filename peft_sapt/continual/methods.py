@@ -16,6 +16,7 @@ from transformers import set_seed
 
 from ..config import SaptConfig
 from ..reflection import ArmCallback, GeneratorSettings
+from ..reflection.checks import pool_of
 from .learner import Bench, evaluate, stage_row, train, weights_of_prompts
 
 Found = dict[str, Any]
@@ -151,9 +152,9 @@ def arm_for(bench: Bench, **arguments: Any) -> ArmCallback:
 
 def learn_pool(bench: Bench, recipe: Recipe) -> tuple[PeftModel, ArmCallback | None, Found]:
     """A pool, its callback, and beside ``matrix``: ``train_weights`` [T][T], the mean attention on each task's
-    training prompts when it had been learned; ``mean_weights`` [T][T] and ``prompt_weights`` [T][N][T] on the scored
-    prompts at the end; ``routing``, percent of prompts whose own block leads; ``gates_while_training``;
-    ``pseudo_samples``."""
+    training prompts when it had been learned; ``routing_by_stage`` and ``own_weight_by_stage``, both [T][T] like the
+    matrix; ``mean_weights`` [T][T] and ``prompt_weights`` [T][N][T] on the scored prompts at the end; ``routing``,
+    percent of prompts whose own block leads; ``gates_while_training``; ``pseudo_samples``, counts by task."""
     names = list(bench.stream)
     set_seed(bench.budget.seed)
     prompt = recipe.config.get("block") == "prompt"
@@ -161,7 +162,7 @@ def learn_pool(bench: Bench, recipe: Recipe) -> tuple[PeftModel, ArmCallback | N
     arm = None if recipe.arm is None else arm_for(bench, **recipe.arm)
     rate = bench.budget.lr if recipe.released_rate else bench.budget.attention_lr
     training = prompt_training(bench) if prompt else {"attention_lr": rate, "marks_prompts": True}
-    matrix, gates, train_weights = [], {}, []
+    matrix, gates, train_weights, by_stage = [], {}, [], []
     for stage, name in enumerate(tqdm(names, desc="SAPT")):
         if name not in model.tasks:
             model.add_task(name)
@@ -171,9 +172,37 @@ def learn_pool(bench: Bench, recipe: Recipe) -> tuple[PeftModel, ArmCallback | N
         mean = weights_of_prompts(bench, model, name, "train").mean(dim=0).tolist()
         train_weights.append(mean + [0.0] * (len(names) - stage - 1))
         matrix.append(stage_row(bench, model, stage))
+        by_stage.append(routing_after(bench, model, stage))
     found = {"matrix": matrix, "validation": evaluate(bench, model, names, "validation")}
-    found |= {"train_weights": train_weights, **attention_of(bench, model), "gates_while_training": gates}
-    return model, arm, found | {"pseudo_samples": {} if arm is None else arm.reports}
+    routing, own = ([pair[i] for pair in by_stage] for i in (0, 1))
+    found |= {"routing_by_stage": routing, "own_weight_by_stage": own, "train_weights": train_weights}
+    found |= {**attention_of(bench, model), "gates_while_training": gates}
+    return model, arm, found | {"pseudo_samples": {} if arm is None else pseudo_reports(bench, model, arm)}
+
+
+def routing_after(bench: Bench, model: PeftModel, stage: int) -> tuple[list[float], list[float]]:
+    """Percent of scored prompts whose own block leads, and their own block's mean weight, for the tasks so far."""
+    names = list(bench.stream)
+    attention = [weights_of_prompts(bench, model, name) for name in names[: stage + 1]]
+    later = [float("nan")] * (len(names) - stage - 1)
+    led = [100.0 * float((w.argmax(dim=1) == i).float().mean()) for i, w in enumerate(attention)]
+    return led + later, [float(w[:, i].mean()) for i, w in enumerate(attention)] + later
+
+
+def pseudo_reports(bench: Bench, model: PeftModel, arm: ArmCallback) -> Found:
+    """The callback's counts, and counted anew at the end: kept texts that are a training prompt verbatim, and percent
+    of kept pseudo-samples whose own block leads."""
+    pool = pool_of(model)
+    reports: Found = {}
+    for i, (name, rows) in enumerate(zip(pool.tasks, pool.attention.replay(pool.pool_name), strict=True)):
+        reports[name] = dict(arm.reports.get(name, {}))
+        if name in arm.pseudo_samples:
+            known = set(bench.tokenizer.batch_decode(bench.prompts(bench.stream[name]["train"])))
+            reports[name]["kept_copies"] = sum(text in known for text in arm.pseudo_samples[name])
+        if len(rows):
+            leads = pool.prompt_router.attend(rows, pool.pool_name).argmax(dim=1) == i
+            reports[name]["routed_to_own"] = 100.0 * float(leads.float().mean())
+    return reports
 
 
 def attention_of(bench: Bench, model: PeftModel) -> Found:
