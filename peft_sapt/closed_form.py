@@ -6,7 +6,6 @@ key; a key of zeros belongs to a task that the router has not seen.
 
 from __future__ import annotations
 
-import math
 from collections.abc import MutableMapping
 
 import torch
@@ -29,7 +28,7 @@ class ClosedForm:
           stays in it, as rows that belong to no task.
         - ``sapt_solved`` [T, d + 1]: the regression that follows from these.
         - ``sapt_temperatures`` [T, 1]: the temperature that each task calibrated, 0 where none did. The softmax uses
-          their geometric mean.
+          what they have in common, see [`ridge.common_temperature`].
     """
 
     sapt_key: Linears
@@ -96,9 +95,9 @@ class ClosedForm:
 
     def temperature(self, adapter: str) -> Tensor:
         """Of the softmax, a float64 scalar."""
-        every = self.sapt_temperatures[adapter].weight.data.double()
-        logs = torch.where(every > 0, every, 1.0).log().sum() / (every > 0).sum()
-        return torch.nan_to_num(logs, nan=math.log(UNCALIBRATED)).exp()
+        every = self.sapt_temperatures[adapter].weight.data.flatten()  # [T]
+        found = ridge.common_temperature(every, len(every))
+        return every.new_tensor(UNCALIBRATED, dtype=torch.float64) if found is None else found
 
     def closed_log_weights(self, adapter: str, pooled: Tensor) -> Tensor:
         """Log of softmax(scores / temperature) over the tasks that the router has seen, float32; uniform if none."""

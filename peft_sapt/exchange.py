@@ -18,10 +18,10 @@ from .lora_folder import Factors, read_lora, write_lora
 from .pool import linear_from
 from .prompt_folder import read_prompt, write_prompt
 from .soft_prompt import SoftPrompts
-from .tasks import TaskPool
+from .warm_start import WarmStart
 
 
-class LoraExchange(TaskPool):
+class LoraExchange(WarmStart):
     """Export and import methods of [`SaptModel`]; they act on the active adapter."""
 
     def export_task(self, name: str, folder: str | os.PathLike) -> None:

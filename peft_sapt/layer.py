@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import SaptConfig
 from .errors import WeightsError
+from .low_rank import low_rank_sum
 from .mixture import Factors, Mixture
 from .ops import gated_lora, held_lora
 from .pool import Linears, PoolModule, linear_from
@@ -102,6 +103,18 @@ class SaptLayer(PoolModule):
 
     def newest_part(self, adapter: str, rank: int) -> dict[str, Tensor]:
         return self.new_block(rank, self.configs[adapter].init_weights)
+
+    def has_trained(self, adapter: str) -> bool:
+        return self.configs[adapter].init_weights and bool(self.sapt_B[adapter].weight.any())
+
+    def start_at(self, adapter: str, shares: Tensor) -> None:
+        config, (a, b) = self.configs[adapter], (self.sapt_A[adapter].weight, self.sapt_B[adapter].weight)
+        *old, own = config.scalings
+        ranks = torch.tensor(self.part_sizes(config)[:-1], device=a.device)
+        gains = (shares.to(a.device) * torch.tensor(old, device=a.device) / own).repeat_interleave(ranks)  # [R_old]
+        old_a, old_b = self.sapt_old_A[adapter].weight, self.sapt_old_B[adapter].weight
+        for weight, value in zip((a, b), low_rank_sum(old_a, old_b, gains, len(a)), strict=True):
+            weight.data.copy_(value)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)

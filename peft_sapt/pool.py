@@ -64,6 +64,13 @@ class PoolModule(BaseTunerLayer):
         """What a new task starts with, by container; ``rank`` is that of its LoRA block."""
         raise NotImplementedError
 
+    def has_trained(self, adapter: str) -> bool:
+        """Whether the newest part can be seen to be no longer what a new task starts with."""
+        return False
+
+    def start_at(self, adapter: str, shares: Tensor) -> None:
+        """Start the newest block at the mixture of the older ones with ``shares`` [T - 1]."""
+
     def holds(self, adapter: str) -> bool:
         return adapter in getattr(self, next(iter(self.stacks)))
 

@@ -57,14 +57,36 @@ def left_out_scores(x: Tensor, gram: Tensor, means: Tensor, ridge: float, task: 
 
 
 def calibrated_temperature(scores: Tensor, task: int, own_share: float = OWN_SHARE) -> float:
-    """The temperature whose softmax of ``scores`` [n, T] has the least cross-entropy to ``own_share`` for ``task``.
+    """The softest temperature that leaves ``task`` its share of the attention on its own rows.
 
-    The rest of the target is spread over the other tasks, which keeps the weights soft where tasks are easily told
-    apart, and at what the scores can support where they are not.
+    It has ``own_share`` there, times the share of rows that it leads, less a standard error: rows with another leader
+    would only lose by a sharper softmax, and where no task can be told from another the weights stay even.
+
+    Args:
+        scores: [n, T] of rows of ``task``.
     """
-    tasks = scores.shape[-1]
-    target = torch.full((tasks,), (1 - own_share) / (tasks - 1), dtype=scores.dtype, device=scores.device)
-    target[task] = own_share
     every = TEMPERATURES.to(scores.device)
-    logs = (scores / every[:, None, None]).log_softmax(dim=-1)  # [temperatures, n, T]
-    return float(every[(-(logs * target).sum(dim=-1).mean(dim=-1)).argmin()])
+    own = (scores / every[:, None, None]).softmax(dim=-1)[..., task].mean(dim=-1)  # [temperatures]
+    led = (scores.argmax(dim=-1) == task).double().mean()
+    sure = led - (led * (1 - led) / len(scores)).sqrt()
+    enough = (own >= own_share * sure).nonzero().flatten()
+    return float(every[int(enough[-1]) if len(enough) else 0])
+
+
+def common_temperature(calibrated: Tensor, count: int, own_share: float = OWN_SHARE) -> Tensor | None:
+    """One temperature for a pool of ``count`` tasks from those that its tasks calibrated, [T], 0 where none did.
+
+    Of n tasks whose own score leads all others by a margin m, the own one has share p at the temperature
+    m / log((n - 1) p / (1 - p)). A task that calibrated as the pool's n-th so tells its margin; the result is the
+    temperature for their geometric mean among ``count`` tasks. None if no task calibrated.
+    """
+    known = calibrated > 0
+    if not bool(known.any()):
+        return None
+    places = torch.arange(1, len(calibrated) + 1, device=calibrated.device)[known]  # n of each
+    margins = calibrated[known].double().log() + _log_odds(places, own_share).log()
+    return (margins.mean() - _log_odds(torch.tensor(count, device=calibrated.device), own_share).log()).exp()
+
+
+def _log_odds(count: Tensor, share: float) -> Tensor:
+    return ((count.clamp(min=2) - 1) * (share / (1 - share))).double().log()

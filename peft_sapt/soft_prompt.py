@@ -76,6 +76,11 @@ class SoftPrompts(nn.Module, PoolModule):
     def newest_part(self, adapter: str, rank: int) -> dict[str, Tensor]:
         return {"sapt_prompt": new_prompt(self.configs[adapter], self.router.base.get_input_embeddings().weight)}
 
+    def start_at(self, adapter: str, shares: Tensor) -> None:
+        newest = self.sapt_prompt[adapter].weight
+        old = self.sapt_old_prompts[adapter].weight.float().view(len(shares), *newest.shape)  # [T - 1, P, d]
+        newest.data.copy_(torch.einsum("t,tpd->pd", shares.to(old), old))
+
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self.configs.pop(adapter_name, None)

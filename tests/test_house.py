@@ -14,9 +14,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "peft_sapt"
 ORDER = [
     "version", "errors", "files", "card", "ops", "config", "pool", "checkpointing", "prompt_mask",
-    "packing", "collator", "weights", "ridge", "closed_form", "attention", "pooling", "mixture", "soft_prompt",
-    "routing", "layer", "pool_io", "reading", "tasks", "lora_folder", "prompt_folder", "exchange", "saving", "model",
-    "registration", "optimizer", "reflection", "continual",
+    "packing", "collator", "weights", "ridge", "low_rank", "closed_form", "attention", "pooling", "mixture",
+    "soft_prompt", "routing", "layer", "pool_io", "reading", "tasks", "warm_start", "lora_folder", "prompt_folder",
+    "exchange", "saving", "model", "registration", "optimizer", "reflection", "continual",
 ]  # fmt: skip
 
 

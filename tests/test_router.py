@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -68,19 +69,42 @@ def test_left_out_scores_are_those_of_a_regression_without_the_row(task: int) ->
         torch.testing.assert_close(found[i], expected, rtol=1e-8, atol=1e-10)
 
 
-def test_the_temperature_is_the_best_of_its_grid() -> None:
+def test_the_temperature_is_the_softest_that_leaves_a_task_its_share() -> None:
     torch.manual_seed(0)
     scores = torch.rand(20, 3, dtype=torch.float64) * 0.5 + F.one_hot(torch.tensor(1), 3)
     found = ridge.calibrated_temperature(scores, 1, own_share=0.9)
-    target = torch.tensor([0.05, 0.9, 0.05], dtype=torch.float64)
 
-    def entropy(t: float) -> float:
-        return float(-((scores / t).log_softmax(1) * target).sum(1).mean())
+    def own(t: float) -> float:
+        return float((scores / t).softmax(1)[:, 1].mean())
 
-    assert all(entropy(found) <= entropy(float(t)) for t in ridge.TEMPERATURES)
-    assert 0.85 < float((scores / found).softmax(1)[:, 1].mean()) < 0.95
+    assert 0.9 <= own(found) < 0.92
+    assert all(own(float(t)) < 0.9 for t in ridge.TEMPERATURES if t > found)
+    scores[:5] = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)  # a quarter looks like another task
+    found = ridge.calibrated_temperature(scores, 1, own_share=0.9)
+    assert 0.9 * (0.75 - 0.1) <= own(found) < 0.9 * 0.75
     blind = ridge.calibrated_temperature(torch.rand(50, 3, dtype=torch.float64), 1)
-    assert float((torch.rand(50, 3) / blind).softmax(1)[:, 1].mean()) < 0.6, "no evidence, yet no doubt"
+    assert float((torch.rand(50, 3) / blind).softmax(1).amax(1).mean()) < 0.6, "no evidence, yet no doubt"
+
+
+@settings(max_examples=50, deadline=None)
+@given(margins=st.lists(st.floats(0.05, 3), min_size=2, max_size=6), later=st.integers(0, 20))
+def test_a_pool_that_grows_keeps_the_share_of_its_tasks(margins: list[float], later: int) -> None:
+    """Each task calibrated to the share when it came; with equal margins all of them have it later too."""
+    share, margin = ridge.OWN_SHARE, margins[0]
+
+    def calibrated(m: float, count: int) -> float:
+        return m / float(np.log((count - 1) * share / (1 - share)))
+
+    every = [0.0, *(calibrated(margin, n) for n in range(2, len(margins) + 2))]
+    count = len(every) + later
+    t = float(ridge.common_temperature(torch.tensor(every + [0.0] * later), count))
+    scores = torch.zeros(count, dtype=torch.float64)
+    scores[1] = margin
+    assert float((scores / t).softmax(0)[1]) == pytest.approx(share, abs=1e-4)
+    mixed = torch.tensor([0.0, *(calibrated(m, n) for n, m in enumerate(margins, start=2))])
+    expected = calibrated(float(np.exp(np.mean(np.log(margins)))), len(mixed))
+    assert float(ridge.common_temperature(mixed, len(mixed))) == pytest.approx(expected, rel=1e-4)
+    assert ridge.common_temperature(torch.zeros(3), 3) is None
 
 
 def test_weights_of_a_row_are_its_own(family: str = "llama") -> None:
