@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, Trai
 from peft_sapt import ArmCallback, GeneratorSettings, SaptConfig, create_optimizer, optimizer_groups
 from peft_sapt.errors import ReflectionError, TaskError
 from peft_sapt.reflection.objective import attention_loss, gate_shortfall, replay_divergence
-from peft_sapt.reflection.pseudo import Selection, wanted_count
+from peft_sapt.reflection.pseudo import Selection, digest_of, wanted_count
 
 TASKS = ["a", "b", "c"]
 MARKS = {"a": range(10, 30), "b": range(27, 50), "c": range(47, 70)}  # overlapping vocabularies
@@ -399,7 +399,7 @@ def test_optimizer_groups(tmp_path) -> None:
 
 
 def test_selection_counts_every_refusal() -> None:
-    selection = Selection(wanted=2, training_rows=[[4, 5]], special={1, 2}, allow_copies=False)
+    selection = Selection(wanted=2, known={digest_of([4, 5])}, special={1, 2}, allow_copies=False)
     for row, finished in [
         ([4, 5], True),
         ([], True),

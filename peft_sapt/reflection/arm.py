@@ -21,7 +21,7 @@ from .objective import align_attention, attention_loss
 from .processes import agree
 from .prompts import read_task
 from .pseudo import MIN_PSEUDO_SAMPLES, wanted_count
-from .replay import draw_pseudo_samples
+from .replay import PseudoSamples, draw_pseudo_samples, redraw_pseudo_samples
 
 
 class Reflection:
@@ -45,6 +45,7 @@ class Reflection:
         allow_copies: bool = False,
         seed: int | None = None,
         warm_start: bool = False,
+        generator_folder: str | os.PathLike | None = None,
     ) -> None:
         if getattr(tokenizer, "pad_token_id", None) is None or getattr(tokenizer, "eos_token_id", None) is None:
             raise ReflectionError(
@@ -63,6 +64,7 @@ class Reflection:
         self.batch_size, self.max_rows = batch_size, max_rows
         self.generator = GeneratorSettings() if generator is None else generator
         self.allow_copies, self.seed, self.warm_start = allow_copies, seed, warm_start
+        self.generator_folder = None if generator_folder is None else Path(generator_folder)
         self.reports: dict[str, dict[str, object]] = {}
         self.pseudo_samples: dict[str, list[str]] = {}
         self.shares: dict[str, dict[str, float]] = {}
@@ -114,14 +116,56 @@ class Reflection:
             self.reports[name] = {"wanted": wanted, "kept": len(replay), "real_rows": True}
         else:
             drawn = draw_pseudo_samples(
-                model, self.tokenizer, self.prompts, wanted, self.generator, self.allow_copies, seed
+                model,
+                self.tokenizer,
+                self.prompts,
+                wanted,
+                self.generator,
+                self.allow_copies,
+                seed,
+                None if self.generator_folder is None else self.generator_folder / name,
             )
-            self.reports[name] = drawn.report.to_dict()
-            replay = drawn.pooled(pool)
-            self.pseudo_samples[name] = drawn.texts
+            replay = self.taken(pool, name, drawn)
         agree([replay])
         pool.commit_task(self.pooled, replay)
         self.pooled, self.prompts = None, []
+
+    def redraw(self, model: Any, name: str, count: int | None = None, seed: int = 0) -> None:
+        """Draw the replay rows of a committed task anew from its stored generator, without any data of the task.
+
+        Its attention target stays; ``reports`` and ``pseudo_samples`` get the new rows.
+
+        Args:
+            count: rows to draw; as many as the pool keeps of this task by default, at least ``min_pseudo_samples``.
+
+        Raises:
+            TaskError: there is no such task, or it is not committed.
+            ReflectionError: no ``generator_folder`` was given, it holds no generator of this task, too few usable
+                rows came, or the router is a closed-form one. Nothing is changed then.
+        """
+        pool = pool_of(model)
+        index, adapter = pool.index_of(name), pool.pool_name
+        if closed_form(pool):
+            raise ReflectionError("A closed-form router keeps no replay rows, so there is nothing to draw.")
+        if name not in pool.committed_tasks:
+            raise TaskError(f"Task {name!r} is not committed yet: reflect() draws its rows.")
+        if self.generator_folder is None:
+            raise ReflectionError("redraw() needs ArmCallback(generator_folder=...), where the generators are.")
+        rows = pool.attention.replay(adapter)
+        wanted = max(len(rows[index]), self.min_pseudo_samples) if count is None else count
+        drawn = redraw_pseudo_samples(
+            model,
+            self.tokenizer,
+            name,
+            self.generator_folder / name,
+            wanted,
+            self.generator,
+            self.allow_copies,
+            seed,
+        )
+        rows[index] = self.taken(pool, name, drawn).to(pool.attention.weight)
+        agree([rows[index]])
+        pool.attention.set_replay(adapter, rows)
 
     def save_replay(self, folder: str | os.PathLike) -> None:
         """Write the pseudo-samples of each task to ``folder/replay/<task>.jsonl``, one {"text": ...} per line."""
@@ -132,6 +176,13 @@ class Reflection:
             write_atomically(target / f"{name}.jsonl", lines.encode())
 
     # --- parts --------------------------------------------------------------------------------------------------
+
+    def taken(self, pool: SaptModel, name: str, drawn: PseudoSamples) -> Tensor:
+        """Note what was drawn for task ``name``; its pooled rows, [n, d]."""
+        self.reports[name] = drawn.report.to_dict()
+        replay = drawn.pooled(pool)
+        self.pseudo_samples[name] = drawn.texts
+        return replay
 
     def open_task(self, pool: SaptModel, model: Any, seed: int, resumed: bool = False) -> None:
         """See that the current task's gate is open before its first step, and its block where it is to start."""

@@ -51,6 +51,8 @@ class ArmCallback(Reflection, TrainerCallback):
         generator: [`GeneratorSettings`].
         allow_copies: keep pseudo-samples that repeat a training row verbatim.
         seed: of alignment and generator; the Trainer's seed by default.
+        generator_folder: keep each task's generator in a folder of its name there, as a plain LoRA adapter, so that
+            ``redraw(model, task)`` can draw from it again without data.
         warm_start: start each new block at the mixture of the older ones, see ``SaptModel.warm_start``.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""The generator of ARM: one more LoRA on the same base, fitted to a task's own prompts, drawn from, then dropped.
+"""The generator of ARM: one more LoRA on the same base, fitted to a task's own prompts, drawn from, then put away.
 
 Sapt-wise it is a pool of one task, whose attention is 1, i.e. plain LoRA; PEFT adds, switches and deletes it as any
 adapter, so base, pool and optimizer state of the user are untouched.
@@ -12,21 +12,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..config import SaptConfig
 from ..errors import ReflectionError
-from ..prompt_mask import IGNORED_LABEL
 from .pseudo import Selection
 
 ADAPTER = "sapt_generator"
+TASK = "generator"
 PREFIX = "__gen__"
 
 
 @dataclass
 class GeneratorSettings:
     """How the generator is fitted and drawn from; rank, alpha, dropout, learning rate, batch and top_k are the
-    release's. Its 5000 steps are an upper bound here: ``epochs`` passes over the prompts end the fit earlier."""
+    release's. Its 5000 steps are an upper bound here: ``epochs`` passes over the prompts end the fit earlier, and so
+    do ``patience`` passes without a better loss on ``validation_share`` of the prompts, which it does not learn from.
+    The weights of the best pass are kept. A share of 0 switches this off."""
 
     r: int = 8
     lora_alpha: float = 32
@@ -35,6 +36,8 @@ class GeneratorSettings:
     batch_size: int = 16
     max_steps: int = 5000
     epochs: float = 10.0
+    validation_share: float = 0.1
+    patience: int = 3
     top_k: int = 20
     temperature: float = 1.0
     repetition_penalty: float = 1.0
@@ -52,7 +55,7 @@ def generator_adapter(model: Any, settings: GeneratorSettings) -> Iterator[None]
     pool = model.peft_config[pool_name]
     config = SaptConfig(
         task_type=pool.task_type,
-        task_name="generator",
+        task_name=TASK,
         r=settings.r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
@@ -70,54 +73,6 @@ def generator_adapter(model: Any, settings: GeneratorSettings) -> Iterator[None]
         model.set_adapter(pool_name)
         model.delete_adapter(ADAPTER)
         model.train(training)
-
-
-def fit(
-    model: Any, prompts: list[list[int]], start: list[int], eos: int, settings: GeneratorSettings, seed: int
-) -> list[float]:
-    """Teach the active generator to write ``prompts`` after ``start``; returns the loss of each step."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
-    order = torch.Generator().manual_seed(seed)
-    device = parameters[0].device
-    losses: list[float] = []
-    queue: list[int] = []
-    model.train()
-    for _ in range(settings.steps(len(prompts))):
-        while len(queue) < min(settings.batch_size, len(prompts)):
-            queue += torch.randperm(len(prompts), generator=order).tolist()
-        rows, queue = queue[: settings.batch_size], queue[settings.batch_size :]
-        batch = training_batch([prompts[i] for i in rows], start, eos, encoder_decoder=is_encoder_decoder(model))
-        loss = model(**{k: v.to(device) for k, v in batch.items()}, use_cache=False).loss
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        losses.append(float(loss.detach()))
-        if not torch.isfinite(loss.detach()):
-            raise ReflectionError(
-                f"The generator's loss is {losses[-1]} at step {len(losses)}: lower its learning rate "
-                f"({settings.learning_rate}) with ArmCallback(generator=GeneratorSettings(learning_rate=...))."
-            )
-    return losses
-
-
-def training_batch(prompts: list[list[int]], start: list[int], eos: int, encoder_decoder: bool) -> dict[str, Tensor]:
-    """``start`` -> prompt, end token: as one row with masked start, or as encoder input and decoder labels."""
-    heads = [] if encoder_decoder else start
-    rows = [[*heads, *prompt, eos] for prompt in prompts]
-    width = max(map(len, rows))
-    labels = torch.full((len(rows), width), IGNORED_LABEL)
-    ids = torch.full((len(rows), width), eos)
-    mask = torch.zeros((len(rows), width), dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-        labels[i, len(heads) : len(row)] = torch.tensor(row[len(heads) :])
-        mask[i, : len(row)] = 1
-    if not encoder_decoder:
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    source = torch.tensor(start).repeat(len(rows), 1)
-    return {"input_ids": source, "attention_mask": torch.ones_like(source), "labels": labels}
 
 
 @torch.no_grad()

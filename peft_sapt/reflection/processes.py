@@ -8,6 +8,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def is_first_process() -> bool:
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
 def agree(tensors: Iterable[Tensor]) -> None:
     """Overwrite ``tensors`` with those of rank 0.
 

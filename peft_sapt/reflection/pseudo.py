@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 
 MIN_PSEUDO_SAMPLES = 20
@@ -19,7 +20,9 @@ class PseudoReport:
     duplicates: int = 0
     copies: int = 0
     kept: int = 0
-    generator_loss: list[float] = field(default_factory=list)
+    generator_loss: list[float] = field(default_factory=list)  # of the first and the last step
+    generator_held_out: list[float] = field(default_factory=list)  # on the held-out prompts, after each pass
+    generator_step: int = 0  # whose weights were drawn from
 
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -30,13 +33,22 @@ def wanted_count(rows: int, share: float, minimum: int) -> int:
     return max(minimum, round(rows * share))
 
 
-class Selection:
-    """Collects token rows until enough are kept; every refusal is counted in ``report``."""
+def digest_of(row: list[int]) -> str:
+    """What tells a training prompt from all others without keeping it: the first half of its tokens' SHA-256."""
+    return hashlib.sha256(",".join(map(str, row)).encode()).hexdigest()[:32]
 
-    def __init__(self, wanted: int, training_rows: Iterable[list[int]], special: set[int], allow_copies: bool) -> None:
+
+class Selection:
+    """Collects token rows until enough are kept; every refusal is counted in ``report``.
+
+    Args:
+        known: digests of the training rows, which no kept row repeats unless ``allow_copies``.
+    """
+
+    def __init__(self, wanted: int, known: Collection[str], special: set[int], allow_copies: bool) -> None:
         self.report = PseudoReport(wanted)
         self.kept: list[list[int]] = []
-        self.known = {tuple(row) for row in training_rows}
+        self.known = set(known)
         self.special = special
         self.allow_copies = allow_copies
         self.taken: set[tuple[int, ...]] = set()
@@ -57,7 +69,7 @@ class Selection:
             report.empty += 1
         elif key in self.taken:
             report.duplicates += 1
-        elif key in self.known and not self.allow_copies:
+        elif digest_of(row) in self.known and not self.allow_copies:
             report.copies += 1
         else:
             self.taken.add(key)
