@@ -17,6 +17,7 @@ from peft import PeftModel, get_peft_model
 from tqdm.auto import tqdm
 from transformers import set_seed
 
+from ..errors import StreamError
 from .learner import Bench, evaluate, train, weights_of_prompts
 from .methods import Found, Recipe, arm_for, lora_config, sapt_config
 
@@ -43,8 +44,13 @@ def transfer(bench: Bench, old: str, new: str, few: Few, arms: list[str]) -> Fou
 
     Rows are drawn anew for each seed, the smaller sets inside the larger ones. Beside the scores of each arm it gives
     those of the older task before and after, and the mean weight of both tasks on the new one's test prompts.
+
+    Raises:
+        StreamError: ``new`` has fewer training rows than asked for.
     """
-    seed = bench.budget.seed
+    seed, there = bench.budget.seed, len(bench.stream[new]["train"])
+    if max(few.rows) > there:
+        raise StreamError(f"Task {new!r} has {there} training rows, {max(few.rows)} were asked for: lower the counts.")
     order = random.Random(seed).sample(bench.stream[new]["train"], max(few.rows))
     known = {arm: learn_old(bench, old, ARMS[arm], few) for arm in {arm.removesuffix("-warm") for arm in arms}}
     found: Found = {"old": old, "new": new, "seed": seed, "scores": {}}
