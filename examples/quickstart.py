@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from heatmaps import draw_heatmaps
 from settings import make_parser, set_up
 
 from peft_sapt import PeftModel
@@ -51,29 +52,6 @@ def show(results: dict[str, Any]) -> None:
         line = "".join(f"{'-' if v is None else f'{v:.1f}':>8}" for v in values.values())
         routing = results[method].get("routing")
         print(f"{method:<18}{line}{'-' if routing is None else f'{sum(routing) / len(routing):.1f}':>12}")
-
-
-def draw_heatmap(names: list[str], weights: list[list[float]], path: Path) -> None:
-    """Mean attention of each task's test prompts (rows) over the blocks of the pool (columns)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    size = 2.2 + 0.9 * len(names)
-    figure, axes = pyplot.subplots(figsize=(size + 0.8, size), layout="constrained")
-    image = axes.imshow(weights, vmin=0, vmax=1, cmap="Blues")
-    axes.set_xticks(range(len(names)), names, rotation=35, ha="right")
-    axes.set_yticks(range(len(names)), names)
-    axes.set_xlabel("block of the pool")
-    axes.set_ylabel("test prompts of")
-    for i, row in enumerate(weights):
-        for j, weight in enumerate(row):
-            axes.text(j, i, f"{weight:.2f}", ha="center", va="center", color="white" if weight > 0.6 else "black")
-    axes.set_title("Mean attention weight")
-    figure.colorbar(image, shrink=0.8)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def reload_and_answer(bench: Bench, folder: Path) -> None:
@@ -124,7 +102,7 @@ def main() -> int:
             model.save_pretrained(pool)
             if arm is not None:
                 arm.save_replay(pool)
-            draw_heatmap(results["tasks"], results[method]["mean_weights"], args.out / "attention.png")
+            draw_heatmaps(results["tasks"], results[method], args.out / "attention.png")
         else:
             results[method] = METHODS[method](bench)
         results["seconds"][method] = time.perf_counter() - started

@@ -1,0 +1,237 @@
+"""Print the tables of examples/results/README.md from the raw results beside it.
+
+    python examples/tables.py            # to the terminal
+    python examples/tables.py --write    # into the guide, between its markers
+
+Each cell is the mean over seeds, with the smallest and the largest where there are several.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from peft_sapt.continual.metrics import average_performance, backward_transfer, forgetting_rate, forward_transfer
+from peft_sapt.continual.transfer import gain_over_alone
+
+RESULTS = Path(__file__).parent / "results"
+LABELS = {
+    "sequential": "sequential LoRA",
+    "per-task": "one LoRA per task, known",
+    "sapt": "SAPT",
+    "sapt-ridge": 'SAPT, `router="ridge"`',
+    "sapt-real-rows": "SAPT, real rows replayed",
+    "sapt-no-arm": "SAPT without ARM",
+    "sapt-no-gate": "SAPT without the gate term",
+    "sapt-as-released": "SAPT with ARM as released",
+    "prompt-sequential": "sequential prompt tuning",
+    "prompt-per-task": "one prompt per task, known",
+    "sapt-prompt": 'SAPT-Prompt, `router="ridge"`',
+}
+ALONE = {name: "prompt-per-task" if "prompt" in name else "per-task" for name in LABELS}
+Result = dict[str, Any]
+
+
+def load(folder: Path) -> list[Result]:
+    return [with_nan(json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("*.json"))]
+
+
+def with_nan(value: Any) -> Any:
+    """Null back to NaN inside score matrices."""
+    if isinstance(value, dict):
+        return {k: with_nan(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [float("nan") if v is None else with_nan(v) for v in value]
+    return value
+
+
+def spread(values: Iterable[float], digits: int = 1) -> str:
+    """Mean, and the range of several values."""
+    found = list(values)
+    if not found:
+        return "-"
+    low, high = f"{min(found):.{digits}f}", f"{max(found):.{digits}f}"
+    middle = f"{mean(found):.{digits}f}"
+    return middle if len(found) == 1 else f"{middle} ({low} to {high})"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def methods_table(results: list[Result]) -> str:
+    """AP, F.Ra, FWT, BWT, routing and own weight by order and method."""
+    head = ["order", "method", "seeds", "validation", "AP", "F.Ra", "FWT", "BWT", "routing %", "own weight"]
+    singles = {(r["method"], r["order"], r["seed"]): r["single"] for r in results if "single" in r}
+    rows = []
+    for order in sorted({r["order"] for r in results}):
+        for method, label in LABELS.items():
+            found = [r for r in results if (r["method"], r["order"]) == (method, order)]
+            if not found:
+                continue
+            alone = [(r, singles.get((ALONE[method], order, r["seed"]))) for r in found]
+            known = method in ALONE.values()
+            own = [r["mean_weights"][i][i] for r in found if "mean_weights" in r for i in range(len(r["tasks"]))]
+            rows.append(
+                [
+                    order, label, str(len(found)),
+                    spread(mean(r["validation"]) for r in found),
+                    spread(average_performance(r["matrix"]) for r in found),
+                    "-" if known else spread(forgetting_rate(r["matrix"]) for r in found),
+                    "-" if known else spread(forward_transfer(r["matrix"], s) for r, s in alone if s is not None),
+                    "-" if known else spread(backward_transfer(r["matrix"]) for r in found),
+                    spread(mean(r["routing"]) for r in found if "routing" in r),
+                    spread(own, 2),
+                ]
+            )  # fmt: skip
+    return table(head, rows)
+
+
+def tasks_table(results: list[Result], order: str = "listed") -> str:
+    """Scores on each task after the last one."""
+    names = next(r["tasks"] for r in results if r["order"] == order)
+    rows = []
+    for method, label in LABELS.items():
+        found = [r for r in results if (r["method"], r["order"]) == (method, order)]
+        if found:
+            rows.append([label, *(spread((r["matrix"][-1][i] for r in found), 0) for i in range(len(names)))])
+    return table(["method", *(short(name) for name in names)], rows)
+
+
+def short(name: str) -> str:
+    return name.split("_")[0].removeprefix("task")
+
+
+def routing_table(results: list[Result]) -> str:
+    """Routing and own weight of each task at the end."""
+    names = results[0]["tasks"]
+    rows = []
+    for method, label in LABELS.items():
+        found = [r for r in results if r["method"] == method and r["order"] == "listed"]
+        if found and "routing" in found[0]:
+            columns = range(len(names))
+            rows.append([f"{label}: routing %", *(spread((r["routing"][i] for r in found), 0) for i in columns)])
+            rows.append(["own weight", *(spread((r["mean_weights"][i][i] for r in found), 2) for i in columns)])
+    return table(["", *(short(name) for name in names)], rows)
+
+
+def stream_table(results: list[Result]) -> str:
+    """A long stream: routing and own weight over all tasks so far after each stage, and the scores at the end."""
+    found = {r["method"]: r for r in results}
+    methods = [m for m in LABELS if m in found and "routing_by_stage" in found[m]]
+    head = ["after task", *(f"{LABELS[m]}: {what}" for m in methods for what in ("routing %", "own weight", "score"))]
+    rows = []
+    for stage, name in enumerate(results[0]["tasks"]):
+        line = [f"{stage + 1} {short(name)}"]
+        for m in methods:
+            seen = slice(0, stage + 1)
+            line += [
+                f"{mean(found[m]['routing_by_stage'][stage][seen]):.1f}",
+                f"{mean(found[m]['own_weight_by_stage'][stage][seen]):.2f}",
+                f"{mean(found[m]['matrix'][stage][seen]):.1f}",
+            ]
+        rows.append(line)
+    return table(head, rows)
+
+
+def pseudo_table(results: list[Result]) -> str:
+    """Counts of pseudo-samples by task."""
+    rows = []
+    for r in results:
+        for name, report in r.get("pseudo_samples", {}).items():
+            if r["method"] == "sapt" and "routed_to_own" in report:
+                rows.append(
+                    [
+                        short(name), r["order"], str(r["seed"]), *(str(report[k]) for k in (
+                            "drawn", "unfinished", "duplicates", "copies", "kept", "kept_copies")),
+                        f"{report['routed_to_own']:.0f}",
+                    ]
+                )  # fmt: skip
+    head = ["task", "order", "seed", "drawn", "unfinished", "repeated", "copies drawn", "kept", "copies kept"]
+    return table([*head, "routed to their own task, %"], rows)
+
+
+def transfer_table(results: list[Result]) -> str:
+    """Gain over the same rows alone, with its 95 % interval."""
+    rows = []
+    for pair in sorted({(r["old"], r["new"]) for r in results}):
+        found = [r for r in results if (r["old"], r["new"]) == pair]
+        for count, scores in found[0]["scores"].items():
+            for arm in [a for a in scores if a != "alone"]:
+                alone = spread(r["scores"][count]["alone"]["test"] for r in found)
+                pool = spread(r["scores"][count][arm]["test"] for r in found)
+                gain, low, high = gain_over_alone(found, arm, int(count))
+                rows.append(
+                    [f"{pair[0]} → {pair[1]}", count, arm, str(len(found)), alone, pool,
+                     f"{gain:+.1f} ({low:+.1f} to {high:+.1f})"]
+                )  # fmt: skip
+    return table(["pair", "rows", "arm", "seeds", "alone", "in the pool", "gain (95 % interval)"], rows)
+
+
+def unseen_table(results: list[Result]) -> str:
+    """Tasks that no pool has: base, mixture, and each block alone."""
+    r = results[0]
+    blocks = r["pool_tasks"]
+    rows = [
+        [short(name), f"{s['base']:.1f}", f"{s['mixture']:.1f}", *(f"{s['blocks'][b]:.1f}" for b in blocks)]
+        for name, s in r["scores"].items()
+    ]
+    return table(["unseen task", "base", "mixture", *(f"block {b}" for b in blocks)], rows)
+
+
+TABLES: dict[str, tuple[str, Callable[[list[Result]], str]]] = {
+    "long_sequence": ("long_sequence", methods_table),
+    "long_sequence tasks": ("long_sequence", tasks_table),
+    "long_sequence pseudo": ("long_sequence", pseudo_table),
+    "superni": ("superni", methods_table),
+    "superni tasks": ("superni", tasks_table),
+    "superni pseudo": ("superni", pseudo_table),
+    "long_sequence_no_definitions": ("long_sequence_no_definitions", methods_table),
+    "long_sequence_no_definitions routing": ("long_sequence_no_definitions", routing_table),
+    "superni_no_definitions": ("superni_no_definitions", methods_table),
+    "superni_no_definitions routing": ("superni_no_definitions", routing_table),
+    "long_sequence_14": ("long_sequence_14", methods_table),
+    "long_sequence_14 stages": ("long_sequence_14", stream_table),
+    "transfer": ("transfer", transfer_table),
+    "unseen": ("unseen", unseen_table),
+}
+
+
+def tables(folder: Path) -> dict[str, str]:
+    """Every table whose results are there, by name."""
+    return {name: make(results) for name, (benchmark, make) in TABLES.items() if (results := load(folder / benchmark))}
+
+
+def filled(guide: str, made: dict[str, str]) -> str:
+    """``guide`` with what stands between <!-- table NAME --> and <!-- end --> replaced."""
+
+    def put(match: re.Match[str]) -> str:
+        return f"<!-- table {match[1]} -->\n{made[match[1]]}\n<!-- end -->"
+
+    return re.sub(r"<!-- table ([\w ]+) -->\n.*?<!-- end -->", put, guide, flags=re.DOTALL)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--write", action="store_true", help="into README.md of the results folder")
+    args = parser.parse_args()
+    made = tables(args.results)
+    if args.write:
+        guide = args.results / "README.md"
+        guide.write_text(filled(guide.read_text(encoding="utf-8"), made), encoding="utf-8")
+        return 0
+    for name, text in made.items():
+        print(f"\n{name}\n\n{text}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

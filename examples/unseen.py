@@ -1,0 +1,61 @@
+"""What a pool makes of tasks that it never learned: its mixture, against the base model and each block alone.
+
+    python examples/unseen.py --tasks-dir DIR --order agnews,amazon,dbpedia --unseen yelp,imdb ...
+
+Learns the tasks of --order as one stream, then answers prompts of --unseen. Writes
+<results>/unseen/<method>.<seed>.json.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from grid import commit
+from settings import make_parser, set_up
+
+from peft_sapt.continual.grid import settings_of, text_of
+from peft_sapt.continual.methods import RECIPES, learn_pool
+from peft_sapt.continual.unseen import score_unseen
+from peft_sapt.files import write_atomically
+
+
+def main() -> int:
+    parser = make_parser(__doc__.splitlines()[0])
+    parser.add_argument("--unseen", required=True, type=lambda text: text.split(","), help="tasks of the folder")
+    parser.add_argument("--method", default="sapt-ridge", choices=list(RECIPES))
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    if args.order is None or set(args.order) & set(args.unseen):
+        parser.error("--order names the tasks to learn, --unseen other ones.")
+    learned, args.order = args.order, [*args.order, *args.unseen]
+    with tempfile.TemporaryDirectory() as work:
+        bench = set_up(args, Path(work))
+        own = replace(bench, stream={name: bench.stream[name] for name in learned}, seconds={})
+        own.remembering = bench.remembering
+        model, _, found = learn_pool(own, RECIPES[args.method])
+        result = {
+            "method": args.method,
+            "seed": args.seed,
+            "pool_tasks": learned,
+            "settings": settings_of(bench),
+            "matrix": found["matrix"],
+            "scores": score_unseen(bench, model, args.unseen),
+            "commit": commit(),
+        }
+    path = args.results / "unseen" / f"{args.method}.{args.seed}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, text_of(result))
+    for name, scores in result["scores"].items():
+        best = max(scores["blocks"], key=scores["blocks"].get)
+        print(
+            f"{name}: base {scores['base']:.1f}, mixture {scores['mixture']:.1f}, best block {best} "
+            f"{scores['blocks'][best]:.1f}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
