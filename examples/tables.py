@@ -1,7 +1,7 @@
 """Print the tables of examples/results/README.md from the raw results beside it.
 
     python examples/tables.py            # to the terminal
-    python examples/tables.py --write    # into the guide, between its markers
+    python examples/tables.py --write    # into that guide and the README, between their markers
 
 Each cell is the mean over seeds, with the smallest and the largest where there are several.
 """
@@ -18,7 +18,7 @@ from statistics import mean
 from typing import Any
 
 from peft_sapt.continual.metrics import average_performance, backward_transfer, forgetting_rate, forward_transfer
-from peft_sapt.continual.transfer import gain_over_alone
+from peft_sapt.continual.transfer import interval
 
 RESULTS = Path(__file__).parent / "results"
 LABELS = {
@@ -94,6 +94,14 @@ def methods_table(results: list[Result]) -> str:
     return table(head, rows)
 
 
+def short_table(results: list[Result]) -> str:
+    """The first order of [`methods_table`], without the columns that need explaining."""
+    lines = [line.split(" | ") for line in methods_table(results).splitlines()]
+    kept = [1, 2, 4, 5, 8]  # method, seeds, AP, F.Ra, routing
+    picked = [[line[i] for i in kept] for line in lines[2:] if line[0] == "| listed"]
+    return table(["method", "seeds", "AP", "F.Ra", "routing %"], picked)
+
+
 def tasks_table(results: list[Result], order: str = "listed") -> str:
     """Scores on each task after the last one."""
     names = next(r["tasks"] for r in results if r["order"] == order)
@@ -159,20 +167,30 @@ def pseudo_table(results: list[Result]) -> str:
 
 
 def transfer_table(results: list[Result]) -> str:
-    """Gain over the same rows alone, with its 95 % interval."""
+    """Gain over the same rows alone, with its 95 % interval; *all* is the mean over counts of a seed."""
     rows = []
     for pair in sorted({(r["old"], r["new"]) for r in results}):
         found = [r for r in results if (r["old"], r["new"]) == pair]
-        for count, scores in found[0]["scores"].items():
-            for arm in [a for a in scores if a != "alone"]:
-                alone = spread(r["scores"][count]["alone"]["test"] for r in found)
-                pool = spread(r["scores"][count][arm]["test"] for r in found)
-                gain, low, high = gain_over_alone(found, arm, int(count))
+        counts = list(found[0]["scores"])
+        for arm in [a for a in found[0]["scores"][counts[0]] if a != "alone"]:
+            for label, chosen in [*((c, [c]) for c in counts), ("all", counts)]:
+                alone, pool = ([score(r, chosen, a) for r in found] for a in ("alone", arm))
+                gains = [p - a for p, a in zip(pool, alone, strict=True)]
                 rows.append(
-                    [f"{pair[0]} → {pair[1]}", count, arm, str(len(found)), alone, pool,
-                     f"{gain:+.1f} ({low:+.1f} to {high:+.1f})"]
-                )  # fmt: skip
+                    [f"{pair[0]} → {pair[1]}", label, arm, str(len(found)), spread(alone), spread(pool), gain(gains)]
+                )
     return table(["pair", "rows", "arm", "seeds", "alone", "in the pool", "gain (95 % interval)"], rows)
+
+
+def score(result: Result, counts: list[str], arm: str) -> float:
+    return mean(result["scores"][count][arm]["test"] for count in counts)
+
+
+def gain(values: list[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:+.1f}"
+    middle, low, high = interval(values)
+    return f"{middle:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def unseen_table(results: list[Result]) -> str:
@@ -188,6 +206,8 @@ def unseen_table(results: list[Result]) -> str:
 
 TABLES: dict[str, tuple[str, Callable[[list[Result]], str]]] = {
     "long_sequence": ("long_sequence", methods_table),
+    "long_sequence short": ("long_sequence", short_table),
+    "superni short": ("superni", short_table),
     "long_sequence tasks": ("long_sequence", tasks_table),
     "long_sequence pseudo": ("long_sequence", pseudo_table),
     "superni": ("superni", methods_table),
@@ -210,10 +230,10 @@ def tables(folder: Path) -> dict[str, str]:
 
 
 def filled(guide: str, made: dict[str, str]) -> str:
-    """``guide`` with what stands between <!-- table NAME --> and <!-- end --> replaced."""
+    """``guide`` with what stands between <!-- table NAME --> and <!-- end --> replaced, where there are results."""
 
     def put(match: re.Match[str]) -> str:
-        return f"<!-- table {match[1]} -->\n{made[match[1]]}\n<!-- end -->"
+        return f"<!-- table {match[1]} -->\n{made[match[1]]}\n<!-- end -->" if match[1] in made else match[0]
 
     return re.sub(r"<!-- table ([\w ]+) -->\n.*?<!-- end -->", put, guide, flags=re.DOTALL)
 
@@ -225,8 +245,8 @@ def main() -> int:
     args = parser.parse_args()
     made = tables(args.results)
     if args.write:
-        guide = args.results / "README.md"
-        guide.write_text(filled(guide.read_text(encoding="utf-8"), made), encoding="utf-8")
+        for guide in (RESULTS / "README.md", RESULTS.parents[1] / "README.md"):
+            guide.write_text(filled(guide.read_text(encoding="utf-8"), made), encoding="utf-8")
         return 0
     for name, text in made.items():
         print(f"\n{name}\n\n{text}")

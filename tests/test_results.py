@@ -1,0 +1,52 @@
+"""The published results: summaries follow from the raw matrices, and the guides' tables from the raw files."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "examples"))
+RESULTS = ROOT / "examples" / "results"
+GRID = sorted(p for p in RESULTS.glob("*/*.json") if p.name.count(".") == 3)
+
+
+@pytest.mark.parametrize("path", GRID, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_the_summary_follows_from_the_matrix(path: Path) -> None:
+    found = json.loads(path.read_text())
+    matrix = np.array([[np.nan if v is None else v for v in row] for row in found["matrix"]])
+    count = len(matrix)
+    assert path.name == f"{found['method']}.{found['order']}.{found['seed']}.json"
+    assert path.parent.name == found["benchmark"] and len(found["tasks"]) == count
+    assert np.isnan(matrix[np.triu_indices(count, 1)]).all()
+    best = np.array([np.nanmax(matrix[: count - 1, j]) for j in range(count - 1)])
+    forgotten = float(np.mean(best - matrix[-1, :-1]))
+    back = float(np.sum(matrix[-1] - matrix.diagonal()) / count)
+    expected = {"AP": float(matrix[-1].mean()), "F.Ra": forgotten, "BWT": back}
+    assert found["summary"] == pytest.approx(expected, abs=1e-9)
+    assert forgotten * (count - 1) / count >= -back - 1e-9
+    for weights in found.get("mean_weights", []):
+        assert math.isclose(sum(weights), 1, abs_tol=1e-3)
+    assert found["provenance"]["commit"] and found["settings"]["data"]
+
+
+@pytest.mark.parametrize("guide", [RESULTS / "README.md", ROOT / "README.md"], ids=["results", "README"])
+def test_the_tables_are_made_from_the_raw_results(guide: Path) -> None:
+    from tables import filled, tables
+
+    text = guide.read_text(encoding="utf-8")
+    assert "<!-- table " in text
+    assert filled(text, tables(RESULTS)) == text, "run: python examples/tables.py --write"
+
+
+def test_every_table_is_shown() -> None:
+    from tables import tables
+
+    guides = (RESULTS / "README.md").read_text() + (ROOT / "README.md").read_text()
+    assert set(tables(RESULTS)) == set(re.findall(r"<!-- table ([\w ]+) -->", guides))
