@@ -83,7 +83,18 @@ def kept(tmp_path_factory):
             model.add_task(task)
         trainer(model, folder, task, [arm]).train()
     model.save_pretrained(folder / "pool")
+    model.add_task("c")
+    model.save_pretrained(folder / "open")
     return folder, arm
+
+
+def test_a_pool_opened_to_answer_stays_frozen(kept) -> None:
+    folder, _ = kept
+    torch.manual_seed(0)
+    model = PeftModel.from_pretrained(tiny_llama(), folder / "open")
+    ArmCallback(tokenizer(), generator=FAST, generator_folder=folder / "generators").redraw(model, "a")
+    assert not any(p.requires_grad for p in model.parameters())
+    assert model.active_adapter == "default" and model.peft_config["default"].inference_mode
 
 
 def reopened(folder) -> PeftModel:
@@ -110,8 +121,10 @@ def test_redrawing_needs_no_data(kept) -> None:
     folder, _ = kept
     model = reopened(folder)
     before = {k: v.clone() for k, v in model.state_dict().items()}
+    trains = {k for k, p in model.named_parameters() if p.requires_grad}
     arm = ArmCallback(tokenizer(), generator=FAST, generator_folder=folder / "generators")
     arm.redraw(model, "a", count=25, seed=5)
+    assert {k for k, p in model.named_parameters() if p.requires_grad} == trains and not model.training
     rows = model.base_model.attention.replay("default")
     assert [len(r) for r in rows] == [25, 20] == model.peft_config["default"].replay_rows
     texts = arm.pseudo_samples["a"]

@@ -70,7 +70,7 @@ def generator_adapter(model: Any, settings: GeneratorSettings) -> Iterator[None]
         model.set_adapter(ADAPTER)
         yield
     finally:
-        model.set_adapter(pool_name)
+        model.set_adapter(pool_name, inference_mode=bool(pool.inference_mode))
         model.delete_adapter(ADAPTER)
         model.train(training)
 
