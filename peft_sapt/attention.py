@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import MutableMapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from .closed_form import ClosedForm
 from .config import SaptConfig
-from .pool import Linears, PoolModule, linear_from
+from .pool import FreePoolModule, Linears, linear_from
 
 LAYER_NORM_EPS = 1e-5
 
@@ -38,7 +37,7 @@ def max_pool(embeddings: Tensor, mask: Tensor) -> Tensor:
     return pooled.masked_fill(~mask.any(dim=1, keepdim=True), torch.nan)
 
 
-class SharedAttention(ClosedForm, nn.Module, PoolModule):
+class SharedAttention(ClosedForm, FreePoolModule):
     """Query projection and keys of every pool on one base model, with what ARM needs to keep of old tasks.
 
     Per adapter:
@@ -68,29 +67,7 @@ class SharedAttention(ClosedForm, nn.Module, PoolModule):
 
     def __init__(self) -> None:
         super().__init__()
-        for name in self.adapter_layer_names + self.other_param_names:
-            setattr(self, name, nn.ModuleDict())
-        self.configs: dict[str, SaptConfig] = {}
         self.loaded: set[str] = set()  # adapters whose weights come from a file
-        self.router: Any = None  # the PromptRouter that computes with this module
-        self._disable_adapters = False
-        self.merged_adapters = []
-        self._active_adapter = []
-
-    @property
-    def weight(self) -> Tensor:
-        """PEFT asks a tuner layer for its base layer's weight; the attention has none, a key stands in."""
-        return next(iter(self.sapt_key.values())).weight
-
-    @property
-    def bias(self) -> None:
-        return None
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        if device is not None:
-            for name in self.adapter_layer_names + self.other_param_names:
-                if adapter_name in getattr(self, name):
-                    getattr(self, name)[adapter_name].to(device)
 
     def update_layer(self, adapter: str, config: SaptConfig, device: torch.device | None) -> None:
         """Build the parts of ``adapter`` for the tasks in ``config``, in float32."""
@@ -132,7 +109,6 @@ class SharedAttention(ClosedForm, nn.Module, PoolModule):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        self.configs.pop(adapter_name, None)
         self.loaded.discard(adapter_name)
         self.router.routing.forget(adapter_name)
 

@@ -9,6 +9,7 @@ A committed task stays in the first kind until the next one is added; it is *sea
 from __future__ import annotations
 
 from collections.abc import MutableMapping
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -117,3 +118,37 @@ class PoolModule(BaseTunerLayer):
         stack = getattr(self, self.stacks[name])
         old = list(stack[adapter].weight.data.split(sizes[:-1])) if adapter in stack else []
         return [*old, getattr(self, name)[adapter].weight.data]
+
+
+class FreePoolModule(nn.Module, PoolModule):
+    """A part of pools that stands in no layer's place but on the base model itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in self.adapter_layer_names + self.other_param_names:
+            setattr(self, name, nn.ModuleDict())
+        self.configs: dict[str, SaptConfig] = {}
+        self.router: Any = None  # the PromptRouter that computes with this module
+        self._disable_adapters = False
+        self.merged_adapters = []
+        self._active_adapter = []
+
+    @property
+    def weight(self) -> Tensor:
+        """PEFT asks a tuner layer for its base layer's weight; there is none, a newest part stands in."""
+        newest: Linears = getattr(self, next(iter(self.stacks)))
+        return next(iter(newest.values())).weight
+
+    @property
+    def bias(self) -> None:
+        return None
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        if device is not None:
+            for name in self.adapter_layer_names + self.other_param_names:
+                if adapter_name in getattr(self, name):
+                    getattr(self, name)[adapter_name].to(device)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.configs.pop(adapter_name, None)

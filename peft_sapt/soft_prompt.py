@@ -20,13 +20,13 @@ from .attention import whole
 from .config import SaptConfig
 from .errors import PromptError, SaptError, WeightsError
 from .packing import segments_of
-from .pool import Linears, PoolModule, linear_from
+from .pool import FreePoolModule, Linears, linear_from
 from .prompt_mask import IGNORED_LABEL, inferred_mask
 
 VIRTUAL = "_sapt_virtual"  # attribute on a cache: the number of virtual tokens it begins with
 
 
-class SoftPrompts(nn.Module, PoolModule):
+class SoftPrompts(FreePoolModule):
     """Per adapter: ``sapt_prompt`` [P, d] of the newest task, and ``sapt_old_prompts`` [(T - 1) * P, d], frozen."""
 
     adapter_layer_names = ("sapt_prompt",)
@@ -34,31 +34,6 @@ class SoftPrompts(nn.Module, PoolModule):
     stacks = {"sapt_prompt": "sapt_old_prompts"}
     sapt_prompt: Linears
     sapt_old_prompts: Linears
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name in self.adapter_layer_names + self.other_param_names:
-            setattr(self, name, nn.ModuleDict())
-        self.configs: dict[str, SaptConfig] = {}
-        self.router: Any = None  # the PromptRouter that knows the base model
-        self._disable_adapters = False
-        self.merged_adapters = []
-        self._active_adapter = []
-
-    @property
-    def weight(self) -> Tensor:
-        """PEFT asks a tuner layer for its base layer's weight; there is none, a prompt stands in."""
-        return next(iter(self.sapt_prompt.values())).weight
-
-    @property
-    def bias(self) -> None:
-        return None
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        if device is not None:
-            for name in self.adapter_layer_names + self.other_param_names:
-                if adapter_name in getattr(self, name):
-                    getattr(self, name)[adapter_name].to(device)
 
     def update_layer(self, adapter: str, config: SaptConfig, embedding: Tensor | None) -> None:
         """Build a prompt for each task in ``config``, out of the embeddings of random tokens."""
@@ -80,10 +55,6 @@ class SoftPrompts(nn.Module, PoolModule):
         newest = self.sapt_prompt[adapter].weight
         old = self.sapt_old_prompts[adapter].weight.float().view(len(shares), *newest.shape)  # [T - 1, P, d]
         newest.data.copy_(torch.einsum("t,tpd->pd", shares.to(old), old))
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        super().delete_adapter(adapter_name)
-        self.configs.pop(adapter_name, None)
 
     def mixed(self, adapter: str, weights: Tensor) -> Tensor:
         """Weights [B, T] -> prompts [B, P, d] in float32."""
