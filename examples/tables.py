@@ -167,19 +167,18 @@ def pseudo_table(results: list[Result]) -> str:
 
 
 def transfer_table(results: list[Result]) -> str:
-    """Gain over the same rows alone, with its 95 % interval; *all* is the mean over counts of a seed."""
+    """Gain over the same rows alone, with its 95 % interval; *all* is the mean over counts of a pair and seed."""
+    counts = list(results[0]["scores"])
     rows = []
-    for pair in sorted({(r["old"], r["new"]) for r in results}):
-        found = [r for r in results if (r["old"], r["new"]) == pair]
-        counts = list(found[0]["scores"])
+    for pair in [*sorted({(r["old"], r["new"]) for r in results}), None]:
+        found = [r for r in results if pair in (None, (r["old"], r["new"]))]
         for arm in [a for a in found[0]["scores"][counts[0]] if a != "alone"]:
-            for label, chosen in [*((c, [c]) for c in counts), ("all", counts)]:
+            for label, chosen in [*((c, [c]) for c in counts if pair), ("all", counts)]:
                 alone, pool = ([score(r, chosen, a) for r in found] for a in ("alone", arm))
                 gains = [p - a for p, a in zip(pool, alone, strict=True)]
-                rows.append(
-                    [f"{pair[0]} → {pair[1]}", label, arm, str(len(found)), spread(alone), spread(pool), gain(gains)]
-                )
-    return table(["pair", "rows", "arm", "seeds", "alone", "in the pool", "gain (95 % interval)"], rows)
+                name = " → ".join(pair) if pair else "all pairs"
+                rows.append([name, label, arm, str(len(found)), spread(alone), spread(pool), gain(gains)])
+    return table(["pair", "rows", "arm", "runs", "alone", "in the pool", "gain (95 % interval)"], rows)
 
 
 def score(result: Result, counts: list[str], arm: str) -> float:
