@@ -65,6 +65,12 @@ def test_the_fit_ends_when_held_out_prompts_get_worse_and_keeps_the_best(patienc
     assert len(found.losses) % len(found.held_out) == 0, "one validation for each pass"
 
 
+@pytest.mark.parametrize("wrong", [{"patience": 0}, {"validation_share": 1.0}, {"validation_share": -0.1}])
+def test_settings_out_of_range_name_themselves(wrong) -> None:
+    with pytest.raises(ReflectionError, match=f"GeneratorSettings.{next(iter(wrong))}"):
+        GeneratorSettings(**wrong)
+
+
 def test_without_validation_it_runs_to_its_end() -> None:
     model, settings = fresh_pool(), GeneratorSettings(epochs=2, validation_share=0.0)
     with generator_adapter(model, settings):

@@ -44,6 +44,15 @@ class GeneratorSettings:
     draw_batch_size: int = 32
     max_draws: int = 10  # times the wanted count
 
+    def __post_init__(self) -> None:
+        if self.patience < 1:
+            raise ReflectionError(f"GeneratorSettings.patience must be 1 or more passes, got {self.patience}.")
+        if not 0 <= self.validation_share < 1:
+            raise ReflectionError(
+                f"GeneratorSettings.validation_share must lie in [0, 1), got {self.validation_share}; 0 switches early "
+                "stopping off."
+            )
+
     def steps(self, rows: int) -> int:
         return max(1, min(self.max_steps, round(self.epochs * rows / self.batch_size)))
 
