@@ -7,10 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
+from test_arm import fresh_pool, tokenizer, trainer
 from tiny import tiny_llama
 from transformers import set_seed
 
-from peft_sapt import SaptConfig
+from peft_sapt import ArmCallback, SaptConfig
 from peft_sapt.errors import PromptError, TaskError
 from peft_sapt.low_rank import low_rank_sum
 
@@ -105,3 +106,26 @@ def test_refusals_change_nothing() -> None:
     ridge.fit_router([{"input_ids": ids(3)}])
     with pytest.raises(TaskError, match="before fit_router"):
         ridge.warm_start([{"input_ids": ids(3)}])
+
+
+@pytest.mark.parametrize("router", ["attention", "ridge"])
+def test_the_callback_starts_a_new_block_once(tmp_path, router: str) -> None:
+    """At a rate of zero what training leaves is what it began with."""
+    model = fresh_pool(router=router)
+    arm = ArmCallback(tokenizer(), replay="rows", warm_start=True)
+    trainer(model, tmp_path, "a", [arm]).train()
+    model.add_task("b")
+    trainer(model, tmp_path, "b", [arm], learning_rate=0.0).train()
+    assert arm.shares == {"b": {"a": pytest.approx(1.0)}} and model.committed_tasks == ["a", "b"]
+    factors = model.task_state("a"), model.task_state("b")
+    names = [name for name in factors[0] if name.endswith("sapt_A")]
+    for name in names:
+        old, new = (f[name.replace("sapt_A", "sapt_B")].T @ f[name] for f in factors)
+        torch.testing.assert_close(new, old, atol=1e-5, rtol=1e-4)
+        assert old.any()
+    model.reopen_task()
+    trainer(model, tmp_path, "b", [arm]).train()
+    trained = model.task_state("b")
+    model.reopen_task()
+    trainer(model, tmp_path, "b", [arm], learning_rate=0.0).train()
+    assert all(torch.equal(trained[name], value) for name, value in model.task_state("b").items() if "_B" in name)

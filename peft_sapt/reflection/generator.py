@@ -49,8 +49,8 @@ class GeneratorSettings:
             raise ReflectionError(f"GeneratorSettings.patience must be 1 or more passes, got {self.patience}.")
         if not 0 <= self.validation_share < 1:
             raise ReflectionError(
-                f"GeneratorSettings.validation_share must lie in [0, 1), got {self.validation_share}; 0 switches early "
-                "stopping off."
+                f"GeneratorSettings.validation_share must lie in [0, 1), got {self.validation_share}; 0 switches the "
+                "early stop off."
             )
 
     def steps(self, rows: int) -> int:
