@@ -150,19 +150,15 @@ def stream_table(results: list[Result]) -> str:
 
 
 def pseudo_table(results: list[Result]) -> str:
-    """Counts of pseudo-samples by task."""
+    """Counts of the learned attention's pseudo-samples by run and task; "-" where an earlier version did not count."""
+    counted = ("drawn", "unfinished", "duplicates", "copies", "kept", "kept_copies")
     rows = []
-    for r in results:
-        for name, report in r.get("pseudo_samples", {}).items():
-            if r["method"] == "sapt" and "routed_to_own" in report:
-                rows.append(
-                    [
-                        short(name), r["order"], str(r["seed"]), *(str(report[k]) for k in (
-                            "drawn", "unfinished", "duplicates", "copies", "kept", "kept_copies")),
-                        f"{report['routed_to_own']:.0f}",
-                    ]
-                )  # fmt: skip
-    head = ["task", "order", "seed", "drawn", "unfinished", "repeated", "copies drawn", "kept", "copies kept"]
+    for r in [r for r in results if r["method"] == "sapt"]:
+        for name, report in r["pseudo_samples"].items():
+            routed = f"{report['routed_to_own']:.0f}" if "routed_to_own" in report else "-"
+            numbers = [str(report.get(key, "-")) for key in counted]
+            rows.append([r["order"], str(r["seed"]), short(name), *numbers, routed])
+    head = ["order", "seed", "task", "drawn", "unfinished", "repeated", "copies drawn", "kept", "copies kept"]
     return table([*head, "routed to their own task, %"], rows)
 
 
@@ -218,6 +214,7 @@ TABLES: dict[str, tuple[str, Callable[[list[Result]], str]]] = {
     "superni_no_definitions routing": ("superni_no_definitions", routing_table),
     "long_sequence_14": ("long_sequence_14", methods_table),
     "long_sequence_14 stages": ("long_sequence_14", stream_table),
+    "long_sequence_14 pseudo": ("long_sequence_14", pseudo_table),
     "transfer": ("transfer", transfer_table),
     "unseen": ("unseen", unseen_table),
 }
