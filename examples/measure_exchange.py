@@ -15,7 +15,7 @@ from pathlib import Path
 from settings import make_parser, set_up
 
 from peft_sapt import PeftModel
-from peft_sapt.continual.learner import evaluate
+from peft_sapt.continual.answering import evaluate
 
 
 def main() -> int:

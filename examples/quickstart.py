@@ -20,9 +20,12 @@ from heatmaps import draw_heatmaps
 from settings import make_parser, set_up
 
 from peft_sapt import PeftModel
-from peft_sapt.continual.learner import Bench, answers
-from peft_sapt.continual.methods import METHODS, RECIPES, learn_pool
+from peft_sapt.continual.answering import answers
+from peft_sapt.continual.learner import Bench
+from peft_sapt.continual.method import learn_stream
+from peft_sapt.continual.methods import METHODS
 from peft_sapt.continual.metrics import average_performance, backward_transfer, forgetting_rate, forward_transfer
+from peft_sapt.continual.sapt import RECIPES, learn_pool
 
 
 def summary(matrix: list[list[float]], single: list[float] | None) -> dict[str, float | None]:
@@ -104,7 +107,7 @@ def main() -> int:
                 arm.save_replay(pool)
             draw_heatmaps(results["tasks"], results[method], args.out / "attention.png")
         else:
-            results[method] = METHODS[method](bench)
+            results[method] = learn_stream(METHODS[method](bench))
         results["seconds"][method] = time.perf_counter() - started
         (args.out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     show(results)

@@ -15,11 +15,11 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from grid import commit
 from settings import make_parser, set_up
 
 from peft_sapt.continual.grid import held, settings_of, text_of
 from peft_sapt.continual.learner import Bench
+from peft_sapt.continual.provenance import commit
 from peft_sapt.continual.transfer import ARMS, Few, gain_over_alone, transfer
 from peft_sapt.errors import StreamError
 from peft_sapt.files import write_atomically

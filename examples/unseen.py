@@ -13,11 +13,11 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from grid import commit
 from settings import make_parser, set_up
 
 from peft_sapt.continual.grid import settings_of, text_of
-from peft_sapt.continual.methods import RECIPES, learn_pool
+from peft_sapt.continual.provenance import commit
+from peft_sapt.continual.sapt import RECIPES, learn_pool
 from peft_sapt.continual.unseen import score_unseen
 from peft_sapt.files import write_atomically
 

@@ -75,7 +75,7 @@ def test_a_grid_writes_each_run_once(tmp_path) -> None:
 def test_other_settings_are_not_mixed_in(tmp_path) -> None:
     bench, runs = tiny_bench(tmp_path), runs_of("tiny", ["sequential"], ["listed"], [0])
     run_grid(bench, runs, tmp_path / "out", {})
-    assert is_done(runs[0].path(tmp_path / "out"), bench, runs[0])
+    assert is_done(runs[0].path(tmp_path / "out"), bench)
     bench.budget.lr = 1.0
     with pytest.raises(StreamError, match=r"sequential.listed.0.json was made with other settings \(budget\)"):
         run_grid(bench, runs, tmp_path / "out", {})

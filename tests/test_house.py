@@ -17,6 +17,7 @@ ORDER = [
     "packing", "collator", "weights", "ridge", "low_rank", "closed_form", "attention", "pooling", "mixture",
     "soft_prompt", "routing", "layer", "pool_io", "reading", "tasks", "warm_start", "lora_folder", "prompt_folder",
     "exchange", "saving", "model", "registration", "optimizer", "reflection", "continual",
+    "report", "cli",
 ]  # fmt: skip
 
 

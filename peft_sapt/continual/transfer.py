@@ -18,8 +18,10 @@ from tqdm.auto import tqdm
 from transformers import set_seed
 
 from ..errors import StreamError
-from .learner import Bench, evaluate, train, weights_of_prompts
-from .methods import Found, Recipe, arm_for, lora_config, sapt_config
+from .answering import evaluate, weights_of_prompts
+from .learner import Bench, train
+from .method import Found, lora_config
+from .sapt import Recipe, arm_for, sapt_config
 
 ARMS = {
     "ridge": Recipe(config={"router": "ridge"}),

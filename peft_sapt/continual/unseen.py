@@ -5,8 +5,9 @@ from __future__ import annotations
 from peft import PeftModel
 from tqdm.auto import tqdm
 
-from .learner import Bench, evaluate, weights_of_prompts
-from .methods import Found
+from .answering import evaluate, weights_of_prompts
+from .learner import Bench
+from .method import Found
 
 
 def score_unseen(bench: Bench, model: PeftModel, names: list[str]) -> Found:

@@ -1,0 +1,71 @@
+"""``peft-sapt pool``: look into a saved pool without its base model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..errors import PoolFormatError
+from ..pool_io import MANIFEST, digest, plain_name, read_manifest
+
+
+@click.group("pool")
+def command() -> None:
+    """Look into a saved pool; its base model is not needed."""
+
+
+@command.command("show")
+@click.argument("folder", type=click.Path(path_type=Path))
+def show(folder: Path) -> None:
+    """Tasks of the pool in FOLDER, oldest first: rank, scaling, state, replay rows, bytes."""
+    tensors, manifest = read_pool(folder)
+    size = sum(map(bytes_of, tensors.values()))
+    click.echo(f"{folder}: {len(manifest['tasks'])} tasks, {size / 1e6:.2f} MB, format {manifest['format_version']}")
+    wide = max([len("task"), *map(len, manifest["tasks"])]) + 2
+    click.echo(f"{'task':<{wide}}{'rank':>6}{'scaling':>10}{'replay rows':>13}  state")
+    for i, name in enumerate(manifest["tasks"]):
+        state = "committed" if manifest["committed"][i] else "open"
+        rank, scaling, rows = (manifest[key][i] for key in ("ranks", "scalings", "replay_rows"))
+        click.echo(f"{name:<{wide}}{rank:>6}{scaling:>10.3g}{rows:>13}  {state}")
+
+
+@command.command("verify")
+@click.argument("folder", type=click.Path(path_type=Path))
+def verify(folder: Path) -> None:
+    """Check every tensor of the pool in FOLDER against its digest."""
+    tensors, manifest = read_pool(folder)
+    known = {plain_name(name): value for name, value in manifest["sha256"].items()}
+    here = {plain_name(name): tensor for name, tensor in tensors.items()}
+    wrong = sorted(name for name in known.keys() & here.keys() if digest(here[name]) != known[name])
+    for what, names in (("missing", known.keys() - here), ("unknown", here.keys() - known), ("changed", wrong)):
+        if names:
+            raise PoolFormatError(f"{folder}: {len(names)} tensors are {what}, {sorted(names)[0]!r} first.")
+    bad = sorted(name for name, t in here.items() if t.is_floating_point() and not bool(t.isfinite().all()))
+    if bad:
+        raise PoolFormatError(f"{folder}: {len(bad)} tensors hold NaN or infinity, {bad[0]!r} first.")
+    click.echo(f"{folder}: {len(here)} tensors are what was saved.")
+
+
+def read_pool(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors of a pool but its manifest, and the manifest; raises [`PoolFormatError`] if it is not a pool."""
+    path = folder / SAFETENSORS_WEIGHTS_NAME
+    if not path.is_file():
+        raise PoolFormatError(f"{folder} holds no {SAFETENSORS_WEIGHTS_NAME}: give the folder of a saved pool.")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise PoolFormatError(f"{path} is not a safetensors file: {error}.") from error
+    names = [name for name in tensors if name.rsplit(".", 1)[-1] == MANIFEST or MANIFEST in name.split(".")]
+    if len(names) != 1:
+        raise PoolFormatError(f"{path} has no pool's manifest: it is not a pool of peft-sapt.")
+    return {name: t for name, t in tensors.items() if name != names[0]}, read_manifest(tensors[names[0]])
+
+
+def bytes_of(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,1 @@
+"""Other methods of continual learning, each short, named after its paper, under the budget that all methods have."""
