@@ -16,7 +16,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from heatmaps import draw_heatmaps
 from settings import make_parser, set_up
 
 from peft_sapt import PeftModel
@@ -26,6 +25,7 @@ from peft_sapt.continual.method import learn_stream
 from peft_sapt.continual.methods import METHODS
 from peft_sapt.continual.metrics import average_performance, backward_transfer, forgetting_rate, forward_transfer
 from peft_sapt.continual.sapt import RECIPES, learn_pool
+from peft_sapt.report.pictures import draw_heatmaps
 
 
 def summary(matrix: list[list[float]], single: list[float] | None) -> dict[str, float | None]:

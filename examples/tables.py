@@ -12,86 +12,42 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from peft_sapt.continual.metrics import average_performance, backward_transfer, forgetting_rate, forward_transfer
-from peft_sapt.continual.transfer import interval
+from reproducibility import reproducibility_table
 
+from peft_sapt.continual.methods import LABELS
+from peft_sapt.continual.results import NAME, metrics_of, with_nan
+from peft_sapt.continual.transfer import interval
+from peft_sapt.report.tables import markdown, short, spread, tasks_table
+
+COLUMNS = ("validation", "AP", "F.Ra", "FWT", "BWT", "routing")
 RESULTS = Path(__file__).parent / "results"
-LABELS = {
-    "sequential": "sequential LoRA",
-    "per-task": "one LoRA per task, known",
-    "sapt": "SAPT",
-    "sapt-ridge": 'SAPT, `router="ridge"`',
-    "sapt-real-rows": "SAPT, real rows replayed",
-    "sapt-no-arm": "SAPT without ARM",
-    "sapt-no-gate": "SAPT without the gate term",
-    "sapt-as-released": "SAPT with ARM as released",
-    "prompt-sequential": "sequential prompt tuning",
-    "prompt-per-task": "one prompt per task, known",
-    "sapt-prompt": 'SAPT-Prompt, `router="ridge"`',
-}
-ALONE = {name: "prompt-per-task" if "prompt" in name else "per-task" for name in LABELS}
 Result = dict[str, Any]
 
 
 def load(folder: Path) -> list[Result]:
-    return [with_nan(json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("*.json"))]
-
-
-def with_nan(value: Any) -> Any:
-    """Null back to NaN inside score matrices."""
-    if isinstance(value, dict):
-        return {k: with_nan(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [float("nan") if v is None else with_nan(v) for v in value]
-    return value
-
-
-def spread(values: Iterable[float], digits: int = 1) -> str:
-    """Mean, and the range of several values."""
-    found = list(values)
-    if not found:
-        return "-"
-    low, high = f"{min(found):.{digits}f}", f"{max(found):.{digits}f}"
-    middle = f"{mean(found):.{digits}f}"
-    return middle if len(found) == 1 else f"{middle} ({low} to {high})"
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    paths = [path for path in sorted(folder.glob("*.json")) if path.name != NAME]
+    return [with_nan(json.loads(path.read_text(encoding="utf-8"))) for path in paths]
 
 
 def methods_table(results: list[Result]) -> str:
     """AP, F.Ra, FWT, BWT, routing and own weight by order and method."""
     head = ["order", "method", "seeds", "validation", "AP", "F.Ra", "FWT", "BWT", "routing %", "own weight"]
-    singles = {(r["method"], r["order"], r["seed"]): r["single"] for r in results if "single" in r}
     rows = []
     for order in sorted({r["order"] for r in results}):
         for method, label in LABELS.items():
             found = [r for r in results if (r["method"], r["order"]) == (method, order)]
             if not found:
                 continue
-            alone = [(r, singles.get((ALONE[method], order, r["seed"]))) for r in found]
-            known = method in ALONE.values()
+            measured = [metrics_of(r, results) for r in found]
             own = [r["mean_weights"][i][i] for r in found if "mean_weights" in r for i in range(len(r["tasks"]))]
-            rows.append(
-                [
-                    order, label, str(len(found)),
-                    spread(mean(r["validation"]) for r in found),
-                    spread(average_performance(r["matrix"]) for r in found),
-                    "-" if known else spread(forgetting_rate(r["matrix"]) for r in found),
-                    "-" if known else spread(forward_transfer(r["matrix"], s) for r, s in alone if s is not None),
-                    "-" if known else spread(backward_transfer(r["matrix"]) for r in found),
-                    spread(mean(r["routing"]) for r in found if "routing" in r),
-                    spread(own, 2),
-                ]
-            )  # fmt: skip
-    return table(head, rows)
+            columns = (spread(m[name] for m in measured) for name in COLUMNS)
+            rows.append([order, label, str(len(found)), *columns, spread(own, 2)])
+    return markdown(head, rows)
 
 
 def short_table(results: list[Result]) -> str:
@@ -99,22 +55,38 @@ def short_table(results: list[Result]) -> str:
     lines = [line.split(" | ") for line in methods_table(results).splitlines()]
     kept = [1, 2, 4, 5, 8]  # method, seeds, AP, F.Ra, routing
     picked = [[line[i] for i in kept] for line in lines[2:] if line[0] == "| listed"]
-    return table(["method", "seeds", "AP", "F.Ra", "routing %"], picked)
+    return markdown(["method", "seeds", "AP", "F.Ra", "routing %"], picked)
 
 
-def tasks_table(results: list[Result], order: str = "listed") -> str:
-    """Scores on each task after the last one."""
-    names = next(r["tasks"] for r in results if r["order"] == order)
+def constrained_table(results: list[Result]) -> str:
+    """Free answers beside those held to the task's own labels, of the runs that have both."""
+    found = [r for r in results if "constrained" in r and r["order"] == "listed"]
+    head = ["method", "seeds", "AP", "F.Ra", "AP, own labels", "F.Ra, own labels", "stored, KiB"]
     rows = []
     for method, label in LABELS.items():
-        found = [r for r in results if (r["method"], r["order"]) == (method, order)]
-        if found:
-            rows.append([label, *(spread((r["matrix"][-1][i] for r in found), 0) for i in range(len(names)))])
-    return table(["method", *(short(name) for name in names)], rows)
+        own = [r for r in found if r["method"] == method]
+        if own:
+            measured = [metrics_of(r, results) for r in own]
+            names = ("AP", "F.Ra", "AP constrained", "F.Ra constrained")
+            stored = spread([r["stored_bytes"][-1] / 1024 for r in own], 0)
+            rows.append([label, str(len(own)), *(spread(m[name] for m in measured) for name in names), stored])
+    return markdown(head, rows)
 
 
-def short(name: str) -> str:
-    return name.split("_")[0].removeprefix("task")
+def learned_table(results: list[Result]) -> str:
+    """Score on each task when it has just been learned, free and held to its labels, beside the untrained base."""
+    base = next(r for r in results if r["method"] == "base")
+    rows = []
+    for method, label in LABELS.items():
+        for r in (r for r in results if r["method"] == method):
+            for key, how in (("matrix", "free"), ("constrained", "own labels")):
+                scores = (r[key][i][i] for i in range(len(r["tasks"])))
+                rows.append([label, how, *(f"{score:.0f}" for score in scores)])
+    return markdown(["method", "answers", *map(short, base["tasks"])], rows)
+
+
+def tasks_text(results: list[Result]) -> str:
+    return markdown(*tasks_table(results))
 
 
 def routing_table(results: list[Result]) -> str:
@@ -127,7 +99,7 @@ def routing_table(results: list[Result]) -> str:
             columns = range(len(names))
             rows.append([f"{label}: routing %", *(spread((r["routing"][i] for r in found), 0) for i in columns)])
             rows.append(["own weight", *(spread((r["mean_weights"][i][i] for r in found), 2) for i in columns)])
-    return table(["", *(short(name) for name in names)], rows)
+    return markdown(["", *(short(name) for name in names)], rows)
 
 
 def stream_table(results: list[Result]) -> str:
@@ -146,7 +118,7 @@ def stream_table(results: list[Result]) -> str:
                 f"{mean(found[m]['matrix'][stage][seen]):.1f}",
             ]
         rows.append(line)
-    return table(head, rows)
+    return markdown(head, rows)
 
 
 def pseudo_table(results: list[Result]) -> str:
@@ -159,7 +131,7 @@ def pseudo_table(results: list[Result]) -> str:
             numbers = [str(report.get(key, "-")) for key in counted]
             rows.append([r["order"], str(r["seed"]), short(name), *numbers, routed])
     head = ["order", "seed", "task", "drawn", "unfinished", "repeated", "copies drawn", "kept", "copies kept"]
-    return table([*head, "routed to their own task, %"], rows)
+    return markdown([*head, "routed to their own task, %"], rows)
 
 
 def transfer_table(results: list[Result]) -> str:
@@ -174,7 +146,7 @@ def transfer_table(results: list[Result]) -> str:
                 gains = [p - a for p, a in zip(pool, alone, strict=True)]
                 name = " → ".join(pair) if pair else "all pairs"
                 rows.append([name, label, arm, str(len(found)), spread(alone), spread(pool), gain(gains)])
-    return table(["pair", "rows", "arm", "runs", "alone", "in the pool", "gain (95 % interval)"], rows)
+    return markdown(["pair", "rows", "arm", "runs", "alone", "in the pool", "gain (95 % interval)"], rows)
 
 
 def score(result: Result, counts: list[str], arm: str) -> float:
@@ -196,17 +168,19 @@ def unseen_table(results: list[Result]) -> str:
         [short(name), f"{s['base']:.1f}", f"{s['mixture']:.1f}", *(f"{s['blocks'][b]:.1f}" for b in blocks)]
         for name, s in r["scores"].items()
     ]
-    return table(["unseen task", "base", "mixture", *(f"block {b}" for b in blocks)], rows)
+    return markdown(["unseen task", "base", "mixture", *(f"block {b}" for b in blocks)], rows)
 
 
 TABLES: dict[str, tuple[str, Callable[[list[Result]], str]]] = {
     "long_sequence": ("long_sequence", methods_table),
     "long_sequence short": ("long_sequence", short_table),
+    "long_sequence constrained": ("long_sequence", constrained_table),
+    "long_sequence_reduced": ("long_sequence_reduced", learned_table),
     "superni short": ("superni", short_table),
-    "long_sequence tasks": ("long_sequence", tasks_table),
+    "long_sequence tasks": ("long_sequence", tasks_text),
     "long_sequence pseudo": ("long_sequence", pseudo_table),
     "superni": ("superni", methods_table),
-    "superni tasks": ("superni", tasks_table),
+    "superni tasks": ("superni", tasks_text),
     "superni pseudo": ("superni", pseudo_table),
     "long_sequence_no_definitions": ("long_sequence_no_definitions", methods_table),
     "long_sequence_no_definitions routing": ("long_sequence_no_definitions", routing_table),
@@ -216,13 +190,16 @@ TABLES: dict[str, tuple[str, Callable[[list[Result]], str]]] = {
     "long_sequence_14 stages": ("long_sequence_14", stream_table),
     "long_sequence_14 pseudo": ("long_sequence_14", pseudo_table),
     "transfer": ("transfer", transfer_table),
+    "transfer_600": ("transfer_600", transfer_table),
     "unseen": ("unseen", unseen_table),
 }
 
 
 def tables(folder: Path) -> dict[str, str]:
     """Every table whose results are there, by name."""
-    return {name: make(results) for name, (benchmark, make) in TABLES.items() if (results := load(folder / benchmark))}
+    made = {name: make(results) for name, (benchmark, make) in TABLES.items() if (results := load(folder / benchmark))}
+    runs = {name: load(folder / name) for name in ("superni", "long_sequence")}
+    return made | {"reproducibility": reproducibility_table(runs)}
 
 
 def filled(guide: str, made: dict[str, str]) -> str:

@@ -2,7 +2,7 @@
 
     python examples/transfer.py --tasks-dir DIR --pairs yelp+amazon,imdb+sst2 --counts 25,50,100 --seeds 0,1,2 ...
 
-Writes <results>/<benchmark>/<old>+<new>.<seed>.json, one file as soon as it is complete, and prints the gains over all
+Writes <results>/<name>/<old>+<new>.<seed>.json, one file as soon as it is complete, and prints the gains over all
 seeds with their 95 % intervals. Files that are there are not run again. Start it twice to use two cores.
 """
 
@@ -36,7 +36,7 @@ def run(bench: Bench, pair: tuple[str, str], seed: int, few: Few, arms: list[str
         if path.exists():
             known = json.loads(path.read_text(encoding="utf-8"))
             if known["settings"] != settings:
-                raise StreamError(f"{path} was made with other settings: give another benchmark name, or delete it.")
+                raise StreamError(f"{path} was made with other settings: give another --name, or delete it.")
             return known
         if not mine:
             return None
@@ -50,7 +50,7 @@ def run(bench: Bench, pair: tuple[str, str], seed: int, few: Few, arms: list[str
 
 def main() -> int:
     parser = make_parser(__doc__.splitlines()[0])
-    parser.add_argument("--benchmark", default="transfer", help="name of the folder of results")
+    parser.add_argument("--name", default="transfer", help="name of the folder of results")
     parser.add_argument("--pairs", required=True, type=lambda text: [tuple(p.split("+")) for p in text.split(",")])
     parser.add_argument("--counts", default=[25, 50, 100], type=lambda text: [int(n) for n in text.split(",")])
     parser.add_argument("--seeds", default=[0, 1, 2], type=lambda text: [int(n) for n in text.split(",")])
@@ -59,7 +59,7 @@ def main() -> int:
     parser.add_argument("--old-rows", type=int, default=Few.old_rows, help="training rows of the older task")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
-    folder = args.results / args.benchmark
+    folder = args.results / args.name
     folder.mkdir(parents=True, exist_ok=True)
     few = Few(args.counts, args.steps, args.old_rows)
     with tempfile.TemporaryDirectory() as work:

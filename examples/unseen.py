@@ -1,8 +1,8 @@
 """What a pool makes of tasks that it never learned: its mixture, against the base model and each block alone.
 
-    python examples/unseen.py --tasks-dir DIR --order agnews,amazon,dbpedia --unseen yelp,imdb ...
+    python examples/unseen.py --tasks-dir DIR --tasks agnews,amazon,dbpedia --unseen yelp,imdb ...
 
-Learns the tasks of --order as one stream, then answers prompts of --unseen. Writes
+Learns the tasks of --tasks as one stream, then answers prompts of --unseen. Writes
 <results>/unseen/<method>.<seed>.json.
 """
 
@@ -28,9 +28,9 @@ def main() -> int:
     parser.add_argument("--method", default="sapt-ridge", choices=list(RECIPES))
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
-    if args.order is None or set(args.order) & set(args.unseen):
-        parser.error("--order names the tasks to learn, --unseen other ones.")
-    learned, args.order = args.order, [*args.order, *args.unseen]
+    if args.tasks is None or set(args.tasks) & set(args.unseen):
+        parser.error("--tasks names the tasks to learn, --unseen other ones.")
+    learned, args.tasks = args.tasks, [*args.tasks, *args.unseen]
     with tempfile.TemporaryDirectory() as work:
         bench = set_up(args, Path(work))
         own = replace(bench, stream={name: bench.stream[name] for name in learned}, seconds={})

@@ -21,8 +21,8 @@ TABLES = {
     "provenance": ("Provenance", provenance_table),
 }
 NOTES = {
-    "methods": "*constrained*: answers held to the task's own labels, over the tasks that have any. It leaves out "
-    "what is lost to a forgotten format. *validation*: mean score on the validation rows at the end, by which to choose.",
+    "methods": "*constrained*: answers held to the task's own labels, over the tasks that have any, which leaves out "
+    "what is lost to a forgotten format. *validation*: mean score on the validation rows at the end, to choose by.",
 }
 
 
