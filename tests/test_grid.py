@@ -27,20 +27,17 @@ METHODS = ["sequential", "per-task", "sapt-ridge", "sapt-real-rows"]
 
 
 def tiny_bench(work: Path, rows: int = 8) -> Bench:
-    """Two tasks of four words each, on a tiny random model."""
+    """Two tasks of four words each, whose answers are two of them, on a tiny random model."""
     torch.manual_seed(0)
     rng = random.Random(0)
-    words = {"first": list("abcd"), "second": list("efgh")}
-    stream = {
-        task: {
-            split: [
-                {"instruction": "", "input": " ".join(rng.choices(letters, k=5)), "output": [letters[0]]}
-                for _ in range(rows)
-            ]
-            for split in ("train", "validation", "test")
-        }
-        for task, letters in words.items()
-    }
+    words = {"first": ["w10", "w11", "w12", "w13"], "second": ["w20", "w21", "w22", "w23"]}
+
+    def row(own: list[str]) -> dict[str, object]:
+        picked = rng.choices(own, k=5)
+        return {"instruction": "", "input": " ".join(picked), "output": [own[picked[0] in own[:2]]]}
+
+    splits = ("train", "validation", "test")
+    stream = {task: {split: [row(own) for _ in range(rows)] for split in splits} for task, own in words.items()}
     budget = Budget(epochs=1.0, batch_size=4, layers=1, align_steps=3, max_answer=2)
     style = PromptStyle(head="", tail="", definitions=False, max_tokens=8, min_input=4)
     return Bench(tiny_llama(), make_tokenizer(), stream, style, exact_match, budget, work)
