@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from difflib import get_close_matches
 from typing import Any
 
@@ -62,5 +63,6 @@ def main() -> None:
 
     Shell completion: eval "$(_PEFT_SAPT_COMPLETE=bash_source peft-sapt)", or zsh_source, fish_source.
     """
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
