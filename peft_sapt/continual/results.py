@@ -14,7 +14,7 @@ import numpy as np
 from ..errors import StreamError
 from ..files import write_atomically
 from .grid import Run, text_of
-from .methods import METHODS, alone_of
+from .methods import LABELS, alone_of
 from .metrics import average_performance, backward_transfer, forgetting_rate, forward_transfer
 
 Result = dict[str, Any]
@@ -36,7 +36,7 @@ def load_runs(folder: Path) -> list[Result]:
             continue
         try:
             result = with_nan(json.loads(path.read_text(encoding="utf-8")))
-            key = (list(METHODS).index(result["method"]), result["order"], result["seed"])
+            key = (list(LABELS).index(result["method"]), result["order"], result["seed"])
             if np.asarray(result["matrix"], dtype=float).shape != (len(result["tasks"]),) * 2:
                 raise ValueError("its matrix does not fit its tasks")
         except (ValueError, KeyError, TypeError) as error:
@@ -103,7 +103,7 @@ def summarise(runs: list[Result]) -> list[dict[str, Any]]:
     """One entry for each method and order: seeds, and [`spread_of`] every metric over them."""
     groups: dict[tuple[str, int], list[Result]] = {}
     for result in runs:
-        groups.setdefault((result["order"], list(METHODS).index(result["method"])), []).append(result)
+        groups.setdefault((result["order"], list(LABELS).index(result["method"])), []).append(result)
     entries = []
     for (order, _), members in sorted(groups.items()):
         measured = [metrics_of(member, runs) for member in members]

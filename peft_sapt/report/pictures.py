@@ -87,6 +87,8 @@ def draw_forgetting(runs: list[Result], path: Path) -> None:
             stages = range(index + 1, count + 1)
             axes.plot(stages, scores, label=LABELS[method].replace("`", ""), marker=".", **look[method])
         axes.set_title(short(names[index]), fontsize=10)
+        axes.set_xticks(range(1, count + 1, 1 + (count - 1) // 8))
+        axes.tick_params(labelbottom=index + columns >= count)  # the lowest of its column
         axes.set_ylim(-3, 103)
         axes.grid(alpha=0.3)
     figure.supxlabel("tasks learned so far")
