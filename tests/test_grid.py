@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -22,7 +17,6 @@ from peft_sapt.continual.prompts import PromptStyle
 from peft_sapt.continual.scoring import exact_match
 from peft_sapt.errors import StreamError
 
-ROOT = Path(__file__).parents[1]
 METHODS = ["sequential", "per-task", "sapt-ridge", "sapt-real-rows"]
 
 
@@ -41,13 +35,6 @@ def tiny_bench(work: Path, rows: int = 8) -> Bench:
     budget = Budget(epochs=1.0, batch_size=4, layers=1, align_steps=3, max_answer=2)
     style = PromptStyle(head="", tail="", definitions=False, max_tokens=8, min_input=4)
     return Bench(tiny_llama(), make_tokenizer(), stream, style, exact_match, budget, work)
-
-
-def without_provenance(folder: Path) -> dict[str, dict]:
-    found = {p.relative_to(folder).as_posix(): json.loads(p.read_text()) for p in folder.rglob("*.json")}
-    for result in found.values():
-        del result["provenance"]
-    return found
 
 
 def test_a_grid_writes_each_run_once(tmp_path) -> None:
@@ -96,37 +83,3 @@ def test_a_run_under_way_is_left_to_its_process(tmp_path) -> None:
     assert not list(tmp_path.iterdir())
     with held(path) as mine:
         assert mine
-
-
-WORKER = """
-import sys; sys.path[:0] = {path!r}
-import torch; torch.set_num_threads(1)
-from pathlib import Path
-from test_grid import METHODS, tiny_bench
-from peft_sapt.continual.grid import run_grid, runs_of
-out = Path(sys.argv[1])
-run_grid(tiny_bench(out.parent), runs_of("tiny", METHODS, ["listed"], [0]), out, {{}})
-"""
-
-
-@pytest.mark.slow
-def test_killed_at_random_moments_and_resumed_it_ends_the_same(tmp_path) -> None:
-    script = WORKER.format(path=[str(ROOT), str(ROOT / "tests")])
-
-    def start(out: Path) -> subprocess.Popen:
-        environment = {**os.environ, "TQDM_DISABLE": "1"}
-        return subprocess.Popen([sys.executable, "-c", script, str(out)], env=environment, stdout=subprocess.DEVNULL)
-
-    begun = time.perf_counter()
-    assert start(tmp_path / "whole").wait() == 0
-    whole, rng, kills = time.perf_counter() - begun, random.Random(1), 0
-    for _ in range(10):
-        process = start(tmp_path / "killed")
-        time.sleep(rng.uniform(0.4, 1.0) * whole)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.wait()
-    assert start(tmp_path / "killed").wait() == 0
-    assert kills >= 1
-    assert without_provenance(tmp_path / "killed") == without_provenance(tmp_path / "whole")
