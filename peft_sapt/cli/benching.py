@@ -35,6 +35,9 @@ def stream_and_orders(data: Data, wanted: list[str]) -> tuple[Stream, dict[str, 
     named = named_orders(data)
     skip = data.missing == "skip"
     orders = {name: tasks_in_order(named[name], available(data), skip) for name in named if name in wanted}
+    for name, found in orders.items():
+        if len(found) < len(named[name]):
+            click.echo(f"{name} is a sub-stream: {len(found)} of its {len(named[name])} tasks are there.", err=True)
     if all(name in named for name in wanted):
         names = list(dict.fromkeys(name for order in wanted for name in orders[order]))
         data.tasks = names

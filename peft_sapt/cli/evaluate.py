@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,15 @@ from .options import as_yaml, left_to_default, takes
 
 
 @click.command("eval")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder")
 @click.option("--out", type=click.Path(path_type=Path), help="JSON file for the scores")
 @click.option("--dry-run", is_flag=True, help="Show settings and tasks; score nothing.")
 @click.pass_context
-def command(ctx: click.Context, folder: Path, out: Path | None, dry_run: bool, **_: Any) -> None:
-    """Score the pool or adapter in FOLDER on the tasks of --tasks-dir, without naming them, and show the routing.
+def command(ctx: click.Context, folder: str, out: Path | None, dry_run: bool, **_: Any) -> None:
+    """Score a pool or adapter on the tasks of --tasks-dir, without naming them, and show the routing.
 
-    The base model is the one that FOLDER names, unless --model gives another.
+    FOLDER is one that save_pretrained has written, or an id on the Hub. The base model is the one that it names,
+    unless --model gives another.
     """
     data, budget = resolved(ctx)
     if left_to_default(ctx, "model"):
@@ -50,21 +50,21 @@ def command(ctx: click.Context, folder: Path, out: Path | None, dry_run: bool, *
             f"{name:<{wide}}" + "".join(f"{'-' if v is None or v != v else f'{v:.2f}':>14}" for v in row.values())
         )
     if out is not None:
-        write_atomically(out, text_of({"folder": str(folder), "scores": scores}))
+        write_atomically(out, text_of({"folder": folder, "scores": scores}))
 
 
-def base_of(folder: Path) -> str:
+def base_of(folder: str) -> str:
     """The base model that an adapter's config names; raises [`PoolFormatError`] if there is none."""
-    if not (folder / "adapter_config.json").is_file():
-        raise PoolFormatError(
-            f"{folder} holds no adapter_config.json: give the folder that save_pretrained has written."
-        )
     try:
-        name = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-    except (KeyError, json.JSONDecodeError) as error:
-        raise PoolFormatError(f"{folder / 'adapter_config.json'} cannot be read: {error!r}.") from error
+        name = PeftConfig.from_pretrained(folder).base_model_name_or_path
+    except (OSError, ValueError) as error:
+        raise PoolFormatError(
+            f"{folder} holds no adapter_config.json: give a folder of save_pretrained, or an id on the Hub."
+        ) from error
+    except KeyError as error:
+        raise PoolFormatError(f"{folder}/adapter_config.json cannot be read: {error!r}.") from error
     if not name:
-        raise PoolFormatError(f"{folder / 'adapter_config.json'} names no base model: give it with --model.")
+        raise PoolFormatError(f"{folder}/adapter_config.json names no base model: give it with --model.")
     return name
 
 

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import set_seed
 
@@ -48,7 +49,7 @@ class Method:
         """Bytes kept beside the base model: blocks, keys, replay."""
         if not isinstance(self.model, PeftModel):
             return 0
-        kept = (get_peft_model_state_dict(self.model, adapter_name=adapter) for adapter in self.model.peft_config)
+        kept = (own_state(self.model, adapter) for adapter in self.model.peft_config)
         return sum(tensor.numel() * tensor.element_size() for state in kept for tensor in state.values())
 
     def after_stage(self, stage: int) -> None:
@@ -61,6 +62,11 @@ class Method:
     def save(self, folder: Any) -> None:
         """Save what was learned, as PEFT does."""
         self.model.save_pretrained(folder)
+
+
+def own_state(model: PeftModel, adapter: str) -> dict[str, Tensor]:
+    """What saving one adapter would write; the base's embeddings are not looked up on the Hub for it."""
+    return get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
 
 
 def task_type(bench: Bench) -> str:
