@@ -19,6 +19,8 @@ from ..files import write_atomically
 from .benching import described_stream, must_be_folder, resolved, stream_and_orders
 from .options import as_yaml, built, takes
 
+DIGITS = {"own weight": 2}
+
 
 @dataclass
 class Training:
@@ -66,7 +68,9 @@ def show(run: Run, result: dict[str, Any]) -> None:
     for name, row in zip(result["tasks"], result["matrix"], strict=True):
         click.echo(f"{name:<{wide}}" + "".join(f"{'' if s != s else f'{s:.1f}':>14}" for s in row))
     found = {name: value for name, value in metrics_of(result, []).items() if value == value}
-    click.echo(f"{run.method}: " + ", ".join(f"{name} {value:.1f}" for name, value in found.items()))
+    click.echo(
+        f"{run.method}: " + ", ".join(f"{name} {value:.{DIGITS.get(name, 1)}f}" for name, value in found.items())
+    )
 
 
 takes(Data, Budget, Training)(command)
