@@ -16,10 +16,9 @@ from ..continual.options import described
 from ..continual.results import NAME, metrics_of
 from ..continual.settings import Data, make_bench
 from ..files import write_atomically
+from ..report.tables import DIGITS
 from .benching import described_stream, must_be_folder, resolved, stream_and_orders
 from .options import as_yaml, built, takes
-
-DIGITS = {"own weight": 2}
 
 
 @dataclass
