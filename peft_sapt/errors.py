@@ -39,3 +39,7 @@ class StreamError(SaptError):
 
 class PromptFolderError(SaptError):
     """A folder cannot be read or written as a soft prompt of PEFT's prompt tuning, or it does not fit the pool."""
+
+
+class ReleaseError(SaptError):
+    """Folders of the official release are incomplete, contradict each other, or ask for code to be run."""

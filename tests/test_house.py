@@ -16,7 +16,7 @@ ORDER = [
     "version", "errors", "files", "card", "ops", "config", "pool", "checkpointing", "prompt_mask",
     "packing", "collator", "weights", "ridge", "low_rank", "closed_form", "attention", "pooling", "mixture",
     "soft_prompt", "routing", "layer", "pool_io", "reading", "tasks", "warm_start", "lora_folder", "prompt_folder",
-    "exchange", "saving", "model", "registration", "optimizer", "reflection", "continual",
+    "exchange", "saving", "model", "registration", "optimizer", "release", "reflection", "continual",
     "report", "cli",
 ]  # fmt: skip
 
