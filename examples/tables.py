@@ -176,6 +176,7 @@ TABLES: dict[str, tuple[str, Callable[[list[Result]], str]]] = {
     "long_sequence short": ("long_sequence", short_table),
     "long_sequence constrained": ("long_sequence", constrained_table),
     "long_sequence_reduced": ("long_sequence_reduced", learned_table),
+    "long_sequence_reduced end": ("long_sequence_reduced", constrained_table),
     "superni short": ("superni", short_table),
     "long_sequence tasks": ("long_sequence", tasks_text),
     "long_sequence pseudo": ("long_sequence", pseudo_table),

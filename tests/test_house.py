@@ -85,6 +85,16 @@ def readme_blocks() -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
 
 
+def test_the_guides_python_runs() -> None:
+    """Blocks of the guides beside the code define what they show, without a model."""
+    [block] = re.findall(r"```python\n(.*?)```", (PACKAGE / "continual" / "README.md").read_text(), flags=re.S)
+    names: dict[str, object] = {"__name__": "guide"}
+    exec(block, names)
+    from peft_sapt.continual.method import Method
+
+    assert issubclass(names["Patient"], Method)  # type: ignore[arg-type]
+
+
 @pytest.mark.slow
 def test_the_readmes_python_runs(tmp_path) -> None:
     """All Python blocks in one process, in order, on tiny models in place of downloads."""
