@@ -24,11 +24,15 @@ ROWS = [row for row in rows_of("c", count=80) if len(row["input_ids"]) == 9][:8]
 assert len(ROWS) == 8
 
 
-def open_pool():
+KINDS = {"": {}, "ridge": {"router": "ridge"}, "prompt": {"block": "prompt", "num_virtual_tokens": 3}}
+
+
+def open_pool(kind: str = ""):
     """Two committed tasks with replay rows, and a third that trains."""
-    model = build_pool("llama", ["a"])
+    model = build_pool("llama", ["a"], **KINDS[kind])
     for name in ("b", "c"):
-        model.commit_task(replay=torch.randn(6, 64, generator=torch.Generator().manual_seed(ord(name))))
+        rows = torch.randn(6, 64, generator=torch.Generator().manual_seed(ord(name)))
+        model.commit_task(**({"inputs": rows} if kind == "ridge" else {"replay": rows}))
         model.add_task(name)
     rng = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -38,9 +42,9 @@ def open_pool():
     return model
 
 
-def ddp(folder: Path, processes: int = 2) -> None:
+def ddp(folder: Path, kind: str, processes: int = 2) -> None:
     """One optimizer step of the stock Trainer with ARM; then training goes on to the commit."""
-    model = open_pool()
+    model = open_pool(kind)
     arm, record = ArmCallback(tokenizer(), replay="rows", align_steps=20), Record()
     args = arguments(
         folder / "trainer",
@@ -67,7 +71,7 @@ def ddp(folder: Path, processes: int = 2) -> None:
         model.save_pretrained(folder / f"pool-{processes}")
 
 
-def fsdp2(folder: Path) -> None:
+def fsdp2(folder: Path, kind: str) -> None:
     """Gradients of one step under fully_shard, ARM's term included, and a pool saved from the shards."""
     dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -94,5 +98,5 @@ def fsdp2(folder: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    mode, target = sys.argv[1], Path(sys.argv[2])
-    {"ddp": ddp, "single": lambda f: ddp(f, processes=1), "fsdp2": fsdp2}[mode](target)
+    (mode, _, kind), target = sys.argv[1].partition("-"), Path(sys.argv[2])
+    {"ddp": ddp, "single": lambda f, k: ddp(f, k, processes=1), "fsdp2": fsdp2}[mode](target, kind)
