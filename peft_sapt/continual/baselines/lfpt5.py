@@ -23,7 +23,7 @@ START = "__gen__"
 
 @dataclass
 class Weights:
-    """Of the generator's loss and of the distillation; the values are ours, within what the paper's authors tried."""
+    """Of the generator's loss and of the distillation; the values are ours."""
 
     generator: float = 0.5
     distillation: float = 0.05
