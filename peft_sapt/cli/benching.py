@@ -11,6 +11,7 @@ from ..continual.grid import orders_of
 from ..continual.learner import Budget
 from ..continual.settings import Data, available, load_stream, named_orders
 from ..continual.streams import Stream
+from ..errors import StreamError
 from .options import built, left_to_default
 
 
@@ -34,6 +35,8 @@ def stream_and_orders(data: Data, wanted: list[str]) -> tuple[Stream, dict[str, 
     """
     named = named_orders(data)
     skip = data.missing == "skip"
+    if data.tasks is not None and any(name in named for name in wanted):
+        raise StreamError(f"--tasks and a benchmark's order ({wanted}) were both given: choose one.")
     orders = {name: tasks_in_order(named[name], available(data), skip) for name in named if name in wanted}
     for name, found in orders.items():
         if len(found) < len(named[name]):

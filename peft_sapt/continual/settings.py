@@ -17,6 +17,7 @@ from .prompts import PromptStyle
 from .scoring import METRICS
 from .streams import SPLITS, Stream, load_dataset_stream, load_folder, tasks_of
 
+NO_SOURCE = "No tasks: give --tasks-dir FOLDER or --dataset NAME."
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -73,14 +74,16 @@ def load_stream(data: Data, order: str | None = None) -> Stream:
     elif data.dataset is not None:
         stream = load_dataset_stream(data.dataset, names)
     else:
-        raise StreamError("No tasks: give --tasks-dir FOLDER or --dataset NAME.")
+        raise StreamError(NO_SOURCE)
     return cut(stream, data)
 
 
 def available(data: Data) -> list[str]:
-    """Names of the tasks that the source has."""
+    """Names of the tasks that the source has; raises [`StreamError`] if there is no source."""
     if data.tasks_dir is not None:
         return tasks_of(data.tasks_dir)
+    if data.dataset is None:
+        raise StreamError(NO_SOURCE)
     import datasets
 
     return list(datasets.get_dataset_config_names(data.dataset))
