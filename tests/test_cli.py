@@ -179,6 +179,11 @@ WRONG = {
         ["bench", "--tasks-dir", "{tasks}", "--benchmark", "superni", "--orders", "order1"],
         r"None of the benchmark's tasks is there",
     ),
+    "two orders": (
+        ["bench", "--tasks-dir", "{tasks}", "--benchmark", "superni", "--orders", "order1", "--tasks", "first"],
+        r"--tasks and a benchmark's order \(\['order1'\]\) were both given",
+    ),
+    "order without source": (["train", "--benchmark", "superni", "--order", "order1"], r"No tasks: give --tasks-dir"),
     "model": (
         ["train", "--tasks-dir", "{tasks}", "--model", "no/such-model"],
         r"Model 'no/such-model' cannot be loaded",
