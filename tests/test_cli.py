@@ -18,10 +18,12 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_arm import tokenizer as make_tokenizer
 from test_grid import tiny_bench
 from tiny import tiny_llama
+from transformers import AutoModelForCausalLM
 
 from peft_sapt.cli import main
 from peft_sapt.cli.options import CommaList
@@ -314,3 +316,40 @@ def test_what_the_trainer_logs_reaches_report_to(ask, monkeypatch) -> None:
     code, text = ask("train", "--method", "sequential", "--out", "out", "--report-to", "spy")
     assert code == 0, text
     assert {name for name, _ in logged} == {"first", "second"} and any("train_loss" in logs for _, logs in logged)
+
+
+@pytest.fixture
+def pool(ask, tmp_path) -> Path:
+    assert ask("train", "--method", "sapt-ridge", "--out", "out")[0] == 0
+    return tmp_path / "out" / "model"
+
+
+def test_parts_leave_a_pool_as_the_model_itself_exports_them(ask, pool, model, tmp_path) -> None:
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), pool)
+    loaded.export_task("first", tmp_path / "expected")
+    loaded.export_mixture([0.25, 0.75], tmp_path / "mixed")
+    code, text = ask("pool", "export", pool, "one", "--task", "first", source=False)
+    assert code == 0, text
+    assert ask("pool", "export", pool, "mix", "--mixture", "first=0.25,second=0.75", source=False)[0] == 0
+    for mine, theirs in (("one", "expected"), ("mix", "mixed")):
+        left, right = (load_file(tmp_path / f / "adapter_model.safetensors") for f in (mine, theirs))
+        assert left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+    code, text = ask("pool", "export", pool, "one", "--task", "first", source=False)
+    assert code == 2 and "nothing is overwritten" in text
+    assert "Give either --task NAME or --mixture" in ask("pool", "export", pool, "x", source=False)[1]
+    assert "not of the form" in ask("pool", "export", pool, "x", "--mixture", "first", source=False)[1]
+    code, text = ask("pool", "export", pool, "x", "--task", "third", source=False)
+    assert code == 1 and "third" in text and not (tmp_path / "x").exists()
+
+
+def test_pools_change_into_new_folders(ask, pool, tmp_path) -> None:
+    before = {p.name: p.read_bytes() for p in pool.iterdir() if p.is_file()}
+    code, text = ask("pool", "remove", pool, "first", "small", source=False)
+    assert code == 0 and "with the tasks second" in text, text
+    assert ask("pool", "export", pool, "lora", "--task", "first", source=False)[0] == 0
+    code, text = ask("pool", "import", "small", "lora", "grown", "--name", "again", source=False)
+    assert code == 0 and "second, again" in text, text
+    code, text = ask("pool", "diff", pool, "grown", source=False)
+    assert code == 1 and "- first" in text and "+ again" in text and "tensors changed" in text
+    assert ask("pool", "diff", pool, pool, source=False) == (0, "The pools are equal.\n")
+    assert {p.name: p.read_bytes() for p in pool.iterdir() if p.is_file()} == before

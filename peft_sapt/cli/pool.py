@@ -1,4 +1,4 @@
-"""``peft-sapt pool``: look into a saved pool without its base model."""
+"""``peft-sapt pool``: look into a saved pool, which needs no base model, and take parts out of it or into it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from torch import Tensor
 
 from ..errors import PoolFormatError
 from ..pool_io import MANIFEST, digest, plain_name, read_manifest
+from .pool_edit import export, import_, remove
 
 
 @click.group("pool")
 def command() -> None:
-    """Look into a saved pool; its base model is not needed."""
+    """Look into a saved pool, and take parts out of it or into it."""
 
 
 @command.command("show")
@@ -52,6 +53,32 @@ def verify(folder: Path) -> None:
     click.echo(f"{folder}: {len(here)} tensors are what was saved.")
 
 
+@command.command("diff")
+@click.argument("first", type=click.Path(path_type=Path))
+@click.argument("second", type=click.Path(path_type=Path))
+def diff(first: Path, second: Path) -> None:
+    """Compare the pools in FIRST and SECOND: their tasks, and the tensors that differ. Exits with 1 if any do."""
+    (tensors, manifest), (other_tensors, other) = read_pool(first), read_pool(second)
+    lines = [f"- {name}" for name in manifest["tasks"] if name not in other["tasks"]]
+    lines += [f"+ {name}" for name in other["tasks"] if name not in manifest["tasks"]]
+    for key in ("tasks", "ranks", "scalings", "replay_rows", "committed", "token_dim", "format_version"):
+        if manifest[key] != other[key]:
+            lines.append(f"{key}: {manifest[key]} -> {other[key]}")
+    here, there = ({plain_name(n): digest(t) for n, t in side.items()} for side in (tensors, other_tensors))
+    for what, names in (
+        ("only in the first", here.keys() - there.keys()),
+        ("only in the second", there.keys() - here.keys()),
+        ("changed", {name for name in here.keys() & there.keys() if here[name] != there[name]}),
+    ):
+        if names:
+            lines.append(
+                f"{len(names)} tensors {what}: {', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''}"
+            )
+    click.echo("\n".join(lines) or "The pools are equal.")
+    if lines:
+        raise SystemExit(1)
+
+
 def read_pool(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors of a pool but its manifest, and the manifest; raises [`PoolFormatError`] if it is not a pool."""
     path = folder / SAFETENSORS_WEIGHTS_NAME
@@ -69,3 +96,7 @@ def read_pool(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def bytes_of(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
+
+
+for part in (export, import_, remove):
+    command.add_command(part)
