@@ -14,7 +14,8 @@ class Features(nn.Module):
 
     def __init__(self, bench: Bench) -> None:
         super().__init__()
-        self._base = [bench.base]  # unregistered, so that nothing saves or trains it
+        known = bench.remembering  # which has run the lower layers of most prompts already
+        self._base = [bench.base if known is None else known]  # unregistered, so that nothing saves or trains it
         self.pad = bench.tokenizer.pad_token_id
         self.known: dict[tuple[int, ...], Tensor] = {}
 
