@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +17,7 @@ class Features(nn.Module):
     def __init__(self, bench: Bench) -> None:
         super().__init__()
         known = bench.remembering  # which has run the lower layers of most prompts already
-        self._base = [bench.base if known is None else known]  # unregistered, so that nothing saves or trains it
+        self._base: list[Any] = [bench.base if known is None else known]  # unregistered, so that nothing saves or trains it
         self.pad = bench.tokenizer.pad_token_id
         self.known: dict[tuple[int, ...], Tensor] = {}
 
