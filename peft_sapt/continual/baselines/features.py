@@ -17,7 +17,8 @@ class Features(nn.Module):
     def __init__(self, bench: Bench) -> None:
         super().__init__()
         known = bench.remembering  # which has run the lower layers of most prompts already
-        self._base: list[Any] = [bench.base if known is None else known]  # unregistered, so that nothing saves or trains it
+        # In a list, so that no module registers, saves or trains it.
+        self._base: list[Any] = [bench.base if known is None else known]
         self.pad = bench.tokenizer.pad_token_id
         self.known: dict[tuple[int, ...], Tensor] = {}
 
