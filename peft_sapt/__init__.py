@@ -12,14 +12,17 @@ add_peft_type()
 
 from .collator import PromptMaskCollator  # noqa: E402
 from .config import SaptConfig  # noqa: E402
+from .hub import keep_cards  # noqa: E402
 from .layer import SaptLayer  # noqa: E402
 from .model import SaptModel  # noqa: E402
 from .optimizer import create_optimizer, optimizer_groups  # noqa: E402
+from .overrides import accept  # noqa: E402
 from .reflection import ArmCallback, GeneratorSettings  # noqa: E402
 from .registration import register  # noqa: E402
 from .version import __version__  # noqa: E402
 
 register(SaptConfig, SaptModel)
+keep_cards()
 
 __all__ = [
     "ArmCallback",
@@ -32,6 +35,7 @@ __all__ = [
     "SaptLayer",
     "SaptModel",
     "__version__",
+    "accept",
     "create_optimizer",
     "optimizer_groups",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .closed_form import ClosedForm
 from .config import SaptConfig
+from .fingerprint import Fingerprint
 from .pool import FreePoolModule, Linears, linear_from
 
 LAYER_NORM_EPS = 1e-5
@@ -35,6 +36,13 @@ def max_pool(embeddings: Tensor, mask: Tensor) -> Tensor:
     masked = embeddings.float().masked_fill(~mask.unsqueeze(-1), -torch.inf)
     pooled = masked.amax(dim=1)
     return pooled.masked_fill(~mask.any(dim=1, keepdim=True), torch.nan)
+
+
+def query_of(pooled: Tensor, down: Tensor, up: Tensor, norm: Tensor, bias: Tensor, between: bool) -> Tensor:
+    """LayerNorm(SiLU(W_up W_down e)), or with the SiLU ``between`` the two (SAPT, Eq. 1): [..., d] -> [..., d]."""
+    x = F.linear(pooled, down)  # [..., query_dim]
+    x = F.linear(F.silu(x), up) if between else F.silu(F.linear(x, up))  # [..., d]
+    return F.layer_norm(x, norm.shape, norm, bias, LAYER_NORM_EPS)
 
 
 class SharedAttention(ClosedForm, FreePoolModule):
@@ -68,6 +76,7 @@ class SharedAttention(ClosedForm, FreePoolModule):
     def __init__(self) -> None:
         super().__init__()
         self.loaded: set[str] = set()  # adapters whose weights come from a file
+        self.base: Fingerprint = {}  # of the base model before anything could shard it
 
     def update_layer(self, adapter: str, config: SaptConfig, device: torch.device | None) -> None:
         """Build the parts of ``adapter`` for the tasks in ``config``, in float32."""
@@ -120,14 +129,13 @@ class SharedAttention(ClosedForm, FreePoolModule):
         return torch.cat([whole(self.sapt_old_keys[adapter].weight), newest])
 
     def query(self, pooled: Tensor, adapter: str) -> Tensor:
-        """LayerNorm(SiLU(W_up W_down e)), or with the SiLU between the two (SAPT, Eq. 1): [..., d] -> [..., d]."""
+        """Queries of pooled prompts, see [`query_of`]: [..., d] -> [..., d]."""
         down, up, norm = (
             whole(m[adapter].weight) for m in (self.sapt_query_down, self.sapt_query_up, self.sapt_query_norm)
         )
-        x = F.linear(pooled.to(down.dtype), down)  # [..., query_dim]
+        bias = whole(self.sapt_query_norm[adapter].bias)
         between = self.configs[adapter].query_activation == "between"
-        x = F.linear(F.silu(x), up) if between else F.silu(F.linear(x, up))  # [..., d]
-        return F.layer_norm(x, norm.shape, norm, whole(self.sapt_query_norm[adapter].bias), LAYER_NORM_EPS)
+        return query_of(pooled.to(down.dtype), down, up, norm, bias, between)
 
     def log_weights(self, pooled: Tensor, adapter: str) -> Tensor:
         """Log of softmax_t(k_t . q / (temperature * sqrt(d))) (SAPT, Eq. 2): [..., d] -> [..., T], float32."""

@@ -95,9 +95,7 @@ class ClosedForm:
 
     def temperature(self, adapter: str) -> Tensor:
         """Of the softmax, a float64 scalar."""
-        every = self.sapt_temperatures[adapter].weight.data.flatten()  # [T]
-        found = ridge.common_temperature(every, len(every))
-        return every.new_tensor(UNCALIBRATED, dtype=torch.float64) if found is None else found
+        return softmax_temperature(self.sapt_temperatures[adapter].weight.data)
 
     def closed_log_weights(self, adapter: str, pooled: Tensor) -> Tensor:
         """Log of softmax(scores / temperature) over the tasks that the router has seen, float32; uniform if none."""
@@ -110,3 +108,10 @@ class ClosedForm:
         """Rows [B] whose best score is below ``SaptConfig.fallback``, which the base model is to answer."""
         limit = self.configs[adapter].fallback
         return None if limit is None else self.scores(adapter, pooled).amax(dim=-1) < limit
+
+
+def softmax_temperature(calibrated: Tensor) -> Tensor:
+    """One temperature, a float64 scalar, from those that the tasks calibrated, [T, 1]; a default if none did."""
+    every = calibrated.flatten()
+    found = ridge.common_temperature(every, len(every))
+    return every.new_tensor(UNCALIBRATED, dtype=torch.float64) if found is None else found

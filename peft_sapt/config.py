@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,30 +10,12 @@ from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME, PeftType
 from peft.utils.constants import DUMMY_TARGET_MODULES
 
-from .card import add_usage
+from .card import write_card
 from .errors import SaptError, TaskError
 from .files import config_text, share_weights_file, write_atomically
 from .ops.dispatch import KERNELS
-
-
-def check_task_name(name: object) -> str:
-    """Return ``name`` if it can name a task, else raise [`TaskError`].
-
-    A name becomes part of file names and of JSON, and must never be mistaken for an index.
-    """
-    cure = "Use a short text such as 'agnews' or 'task_1'."
-    if not isinstance(name, str):
-        raise TaskError(f"A task name must be a str, got {name!r} of type {type(name).__name__}. {cure}")
-    if not name.strip():
-        raise TaskError(f"A task name must not be empty, got {name!r}. {cure}")
-    if name.isdigit():
-        raise TaskError(f"Task name {name!r} is all digits and would read as an index. {cure}")
-    if any(c in "/\\." or not c.isprintable() for c in name) or name != name.strip() or len(name) > 128:
-        raise TaskError(
-            f"Task name {name!r} has a slash, a dot, an unprintable character, outer whitespace or more than 128 "
-            f"characters. {cure}"
-        )
-    return name
+from .records import checked_records
+from .validation import check_task_name, number, positive, whole
 
 
 @dataclass
@@ -172,6 +153,9 @@ class SaptConfig(PeftConfig):
     replay_rows: list[int] | None = field(
         default=None, metadata={"help": "Number of replay rows kept in the pool for each task."}
     )
+    records: dict[str, dict[str, Any]] | None = field(
+        default=None, metadata={"help": "What the model card says of each task; see `record_task`."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -189,20 +173,20 @@ class SaptConfig(PeftConfig):
 
     def _check_ranges(self) -> None:
         checks: list[tuple[str, bool, str]] = [
-            ("r", _whole(self.r) and self.r > 0, "a positive int"),
-            ("lora_alpha", _positive(self.lora_alpha), "a positive number"),
-            ("lora_dropout", _number(self.lora_dropout) and 0 <= self.lora_dropout < 1, "a number in [0, 1)"),
+            ("r", whole(self.r) and self.r > 0, "a positive int"),
+            ("lora_alpha", positive(self.lora_alpha), "a positive number"),
+            ("lora_dropout", number(self.lora_dropout) and 0 <= self.lora_dropout < 1, "a number in [0, 1)"),
             ("block", self.block in ("lora", "prompt"), "'lora' or 'prompt'"),
-            ("num_virtual_tokens", _whole(self.num_virtual_tokens) and self.num_virtual_tokens > 0, "a positive int"),
+            ("num_virtual_tokens", whole(self.num_virtual_tokens) and self.num_virtual_tokens > 0, "a positive int"),
             ("router", self.router in ("attention", "ridge"), "'attention' or 'ridge'"),
-            ("ridge", _positive(self.ridge), "a positive number"),
-            ("fallback", self.fallback is None or _number(self.fallback), "a number or None"),
-            ("query_dim", _whole(self.query_dim) and self.query_dim > 0, "a positive int"),
+            ("ridge", positive(self.ridge), "a positive number"),
+            ("fallback", self.fallback is None or number(self.fallback), "a number or None"),
+            ("query_dim", whole(self.query_dim) and self.query_dim > 0, "a positive int"),
             ("query_activation", self.query_activation in ("after", "between"), "'after' or 'between'"),
-            ("top_k", self.top_k is None or (_whole(self.top_k) and self.top_k > 0), "a positive int or None"),
-            ("min_weight", _number(self.min_weight) and 0 <= self.min_weight < 1, "a number in [0, 1)"),
+            ("top_k", self.top_k is None or (whole(self.top_k) and self.top_k > 0), "a positive int or None"),
+            ("min_weight", number(self.min_weight) and 0 <= self.min_weight < 1, "a number in [0, 1)"),
             ("kernel", self.kernel in KERNELS, f"one of {list(KERNELS)}"),
-            ("temperature", _positive(self.temperature), "a positive number"),
+            ("temperature", positive(self.temperature), "a positive number"),
         ]
         if not self.closed_form and self.fallback is not None:
             raise SaptError("SaptConfig.fallback needs router='ridge': a softmax does not tell how near a row is.")
@@ -238,12 +222,13 @@ class SaptConfig(PeftConfig):
         self.task_ranks = [self.r] * count if self.task_ranks is None else list(self.task_ranks)
         self.task_alphas = [self.lora_alpha] * count if self.task_alphas is None else list(self.task_alphas)
         self.replay_rows = [0] * count if self.replay_rows is None else list(self.replay_rows)
-        wanted = {"task_ranks": (_whole, 1), "task_alphas": (_positive, 0), "replay_rows": (_whole, 0)}
+        self.records = checked_records(self.records, self.tasks)
+        wanted = {"task_ranks": (whole, 1), "task_alphas": (positive, 0), "replay_rows": (whole, 0)}
         for name, (valid, low) in wanted.items():
             values = getattr(self, name)
             if len(values) != count or not all(valid(v) and v >= low for v in values):
                 raise SaptError(
-                    f"SaptConfig.{name} must hold one {'whole' if valid is _whole else 'positive'} number for each of "
+                    f"SaptConfig.{name} must hold one {'whole' if valid is whole else 'positive'} number for each of "
                     f"the {count} tasks, got {values!r}."
                 )
 
@@ -284,16 +269,5 @@ class SaptConfig(PeftConfig):
             values["auto_mapping"] = auto_mapping
         write_atomically(os.path.join(save_directory, CONFIG_NAME), config_text(values))
         share_weights_file(save_directory)
-        add_usage(save_directory, self.tasks or [])
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _positive(value: object) -> bool:
-    return _number(value) and value > 0  # type: ignore[operator]
-
-
-def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+        if os.path.isfile(os.path.join(save_directory, "README.md")):  # PEFT writes none on a worker process
+            write_card(save_directory, {**values, "tasks": self.tasks})

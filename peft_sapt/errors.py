@@ -21,6 +21,10 @@ class PoolFormatError(SaptError):
     """A saved pool contradicts itself, its config, or the base model it is loaded onto."""
 
 
+class OtherBaseError(PoolFormatError):
+    """A pool is loaded onto a base model with other weights than the one it was made for."""
+
+
 class ReflectionError(SaptError):
     """The attentive reflection module cannot do its work: no replay rows, too few pseudo-samples, ..."""
 

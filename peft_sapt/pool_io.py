@@ -1,77 +1,45 @@
-"""What makes the weights file of a pool describe itself: a manifest of tasks and digests, stored as one more tensor.
-
-PEFT writes ``adapter_model.safetensors`` with fixed metadata, so the manifest is inside as a uint8 tensor of JSON.
-The weights file is the commit point of a save: where it and ``adapter_config.json`` disagree, loading refuses by name.
-"""
+"""What the weights file of a pool says of itself, written at a save and compared at a load."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .config import SaptConfig
 from .errors import PoolFormatError
-
-FORMAT_VERSION = 2  # 1 had the factors B as [out, r]; it was never released
-MANIFEST = "sapt_manifest"
-MAX_MANIFEST_BYTES = 64 * 2**20
+from .fingerprint import Fingerprint
+from .manifest import FORMAT_VERSION, digest, plain_name, write_manifest
 
 
-def digest(tensor: Tensor) -> str:
-    """sha256 over dtype, shape and bytes of ``tensor``."""
-    flat = tensor.detach().cpu().contiguous()
-    sha = hashlib.sha256(f"{str(flat.dtype).removeprefix('torch.')}{list(flat.shape)}".encode())
-    if flat.numel():
-        sha.update(memoryview(flat.view(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
-    return sha.hexdigest()
+def build_manifest(
+    config: SaptConfig,
+    committed: list[bool],
+    tensors: dict[str, Tensor],
+    base: Fingerprint | None = None,
+    attention: list[list[float] | None] | None = None,
+) -> Tensor:
+    """The manifest of a pool as a uint8 tensor of JSON.
 
-
-def plain_name(name: str) -> str:
-    """A tensor's name within the base model: PEFT puts a prefix before it, transformers' own adapters do not."""
-    return name.removeprefix("base_model.model.")
-
-
-def build_manifest(config: SaptConfig, committed: list[bool], tensors: dict[str, Tensor]) -> Tensor:
-    """The manifest of a pool as a uint8 tensor of JSON; ``tensors`` by the names they have in the file."""
-    values = {
-        "format_version": FORMAT_VERSION,
-        "tasks": config.tasks,
-        "ranks": config.task_ranks,
-        "scalings": config.scalings,
-        "replay_rows": config.replay_rows,
-        "committed": committed,
-        "token_dim": config.token_dim,
-        "sha256": {plain_name(name): digest(tensor) for name, tensor in sorted(tensors.items())},
-    }
-    return torch.frombuffer(bytearray(json.dumps(values, sort_keys=True).encode()), dtype=torch.uint8).clone()
-
-
-def read_manifest(tensor: Tensor) -> dict[str, Any]:
-    """Parse a manifest; raises [`PoolFormatError`] if it is not one that this version can read."""
-    if tensor.dtype != torch.uint8 or tensor.dim() != 1 or tensor.numel() > MAX_MANIFEST_BYTES:
-        raise PoolFormatError(
-            "The pool's manifest is not a uint8 vector of bounded size: the weights file is damaged."
-        )
-    try:
-        values = json.loads(bytes(tensor.cpu().numpy()).decode())
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise PoolFormatError(f"The pool's manifest is not JSON ({error}): the weights file is damaged.") from error
-    if not isinstance(values, dict) or not isinstance(values.get("format_version"), int):
-        raise PoolFormatError("The pool's manifest has no format_version: the weights file is damaged.")
-    if values["format_version"] > FORMAT_VERSION:
-        raise PoolFormatError(
-            f"The pool has format version {values['format_version']}, this peft-sapt reads up to {FORMAT_VERSION}: "
-            "upgrade with `pip install -U peft-sapt`."
-        )
-    if values["format_version"] < 2:
-        raise PoolFormatError(
-            "The pool has format version 1, of a development version before the first release: train it anew."
-        )
-    return values
+    Args:
+        tensors: of the pool, by the names they have in the file.
+        base: of the base model, see [`fingerprint`].
+        attention: mean weights of what is stored of each task, for readers, see [`stored_attention`].
+    """
+    return write_manifest(
+        {
+            "format_version": FORMAT_VERSION,
+            "tasks": config.tasks,
+            "ranks": config.task_ranks,
+            "scalings": config.scalings,
+            "replay_rows": config.replay_rows,
+            "committed": committed,
+            "token_dim": config.token_dim,
+            "base": base or {},
+            "attention": attention,
+            "sha256": {plain_name(name): digest(tensor) for name, tensor in sorted(tensors.items())},
+        }
+    )
 
 
 def check_loaded(values: dict[str, Any], config: SaptConfig, tensors: dict[str, Tensor]) -> None:

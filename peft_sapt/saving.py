@@ -9,8 +9,12 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from .config import SaptConfig
-from .errors import PoolFormatError
-from .pool_io import MANIFEST, build_manifest, check_loaded, read_manifest
+from .errors import OtherBaseError, PoolFormatError
+from .fingerprint import checked, differing, fingerprint
+from .manifest import MANIFEST, read_manifest
+from .overrides import accepted
+from .pool_io import build_manifest, check_loaded
+from .stored_attention import stored_attention
 
 
 class PoolSaving(BaseTuner):
@@ -30,7 +34,9 @@ class PoolSaving(BaseTuner):
         targets_key, targets = next((k, v) for k, v in state.items() if ".sapt_targets." in k)
         manifest_key = targets_key.rsplit("sapt_targets", 1)[0] + f"{MANIFEST}.{adapter_name}"
         committed = (targets.sum(dim=1) > 0).tolist()
-        return {**state, manifest_key: build_manifest(config, committed, named)}
+        base = fingerprint(model) or getattr(getattr(model, "shared_attention", None), "base", {})
+        manifest = build_manifest(config, committed, named, base, stored_attention(config, named))
+        return {**state, manifest_key: manifest}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -45,6 +51,7 @@ class PoolSaving(BaseTuner):
         values = read_manifest(state_dict[manifest])
         own = {key: tensor for key, tensor in state_dict.items() if ".sapt_" in key and key != manifest}
         check_loaded(values, config, own)
+        check_base(values, model)
         rest = {key: tensor for key, tensor in state_dict.items() if key != manifest}
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, rest)
         keep_number_types(model, renamed)
@@ -52,6 +59,17 @@ class PoolSaving(BaseTuner):
         if attention is not None:
             attention.loaded.add(adapter_name)
         return renamed
+
+
+def check_base(manifest: dict[str, Any], model: nn.Module) -> None:
+    """Refuse a base model whose numbers are not those in ``manifest``; pools without a fingerprint are not refused."""
+    other = differing(checked(manifest.get("base", {})), model)
+    if other is not None and not accepted("other_base"):
+        raise OtherBaseError(
+            f"The pool was made for another base model: {other!r} has other values here, so its blocks would answer "
+            "nonsense. Load the model named in the pool's adapter_config.json, or accept this one with "
+            "`with peft_sapt.accept('other_base'):`."
+        )
 
 
 def keep_number_types(model: nn.Module, state_dict: dict[str, Tensor]) -> None:

@@ -9,10 +9,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .attention import SharedAttention
-from .config import SaptConfig, check_task_name
+from .config import SaptConfig
 from .errors import PromptError, TaskError
 from .pool import PoolModule, linear_from, seal_heads, sharding_of
-from .reading import PromptReader
+from .records import checked_records
+from .task_names import TaskNames
+from .validation import check_task_name
 
 HEAD_TASK_TYPES = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
@@ -34,23 +36,8 @@ def seal_from_targets(model: nn.Module) -> None:
         seal_heads(model, adapter, attention.head_is_shut(adapter), trains)
 
 
-class TaskPool(PromptReader):
+class TaskPool(TaskNames):
     """Task methods of [`SaptModel`]; they act on the active adapter."""
-
-    @property
-    def tasks(self) -> list[str]:
-        """Names of the tasks in the active pool, oldest first; a copy."""
-        return list(self.pool_config.tasks or [])
-
-    @property
-    def current_task(self) -> str:
-        """The newest task: the only one that can be trained."""
-        return self.tasks[-1]
-
-    @property
-    def committed_tasks(self) -> list[str]:
-        """Names of the tasks that have been committed."""
-        return [n for n, done in zip(self.tasks, self.attention.committed(self.pool_name), strict=True) if done]
 
     def pool_modules(self) -> list[PoolModule]:
         """Every module that holds parts of the active pool: target layers, then the attention."""
@@ -241,17 +228,13 @@ class TaskPool(PromptReader):
                 state[f"{names[module]}.{attr}"] = parts[index]
         return state
 
-    def index_of(self, name: str) -> int:
-        if name not in self.tasks:
-            raise TaskError(f"There is no task {name!r} in the pool. Its tasks are {self.tasks}.")
-        return self.tasks.index(name)
-
     def sizes_of(self, module: PoolModule) -> list[int]:
         return module.part_sizes(self.pool_config)
 
     def take_tasks(self, config: SaptConfig, other: SaptConfig) -> None:
         for name in ("tasks", "task_ranks", "task_alphas", "replay_rows", "task_name"):
             setattr(config, name, getattr(other, name))
+        config.records = checked_records(config.records, config.tasks or [])
         self.prompt_router.routing.forget(self.pool_name)
         seal_from_targets(self.model)
         self.refresh_trainable()

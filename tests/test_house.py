@@ -13,11 +13,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "peft_sapt"
 ORDER = [
-    "version", "errors", "files", "card", "ops", "config", "pool", "checkpointing", "prompt_mask",
-    "packing", "collator", "weights", "ridge", "low_rank", "closed_form", "attention", "pooling", "mixture",
-    "soft_prompt", "routing", "layer", "pool_io", "reading", "tasks", "warm_start", "lora_folder", "prompt_folder",
-    "exchange", "saving", "model", "registration", "optimizer", "release", "reflection", "continual",
-    "report", "cli",
+    "version", "errors", "files", "manifest", "fingerprint", "overrides", "validation", "records", "card", "ops",
+    "config", "pool", "checkpointing", "prompt_mask", "packing", "collator", "weights", "ridge", "low_rank",
+    "closed_form", "attention", "stored_attention", "pooling", "mixture", "soft_prompt", "routing", "layer", "pool_io",
+    "reading", "task_names", "tasks", "warm_start", "lora_folder", "prompt_folder", "exchange", "saving", "model",
+    "registration", "hub", "optimizer", "release", "reflection", "continual", "report", "cli",
 ]  # fmt: skip
 
 

@@ -15,7 +15,8 @@ from tiny import build_pool, padded, tiny_llama, token_rows
 
 from peft_sapt.errors import PoolFormatError
 from peft_sapt.files import write_atomically
-from peft_sapt.pool_io import FORMAT_VERSION, build_manifest, digest, read_manifest
+from peft_sapt.manifest import FORMAT_VERSION, digest, read_manifest
+from peft_sapt.pool_io import build_manifest
 
 WEIGHTS = "adapter_model.safetensors"
 

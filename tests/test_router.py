@@ -17,8 +17,8 @@ from tiny import assert_real_pool, build_pool, padded, tiny_llama, tiny_t5, toke
 
 from peft_sapt import ArmCallback, SaptConfig, ridge
 from peft_sapt.errors import PromptError, ReflectionError, SaptError, TaskError
+from peft_sapt.manifest import digest
 from peft_sapt.packing import mean_pool_segments
-from peft_sapt.pool_io import digest
 
 ROWS = token_rows([5, 9, 3, 12])
 SUMS = ("sapt_key", "sapt_old_keys")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import PoolFormatError
-from ..pool_io import MANIFEST, digest, plain_name, read_manifest
+from ..manifest import digest, is_manifest, plain_name, read_manifest
 from .pool_edit import export, import_, remove
 
 
@@ -88,7 +88,7 @@ def read_pool(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise PoolFormatError(f"{path} is not a safetensors file: {error}.") from error
-    names = [name for name in tensors if name.rsplit(".", 1)[-1] == MANIFEST or MANIFEST in name.split(".")]
+    names = [name for name in tensors if is_manifest(name)]
     if len(names) != 1:
         raise PoolFormatError(f"{path} has no pool's manifest: it is not a pool of peft-sapt.")
     return {name: t for name, t in tensors.items() if name != names[0]}, read_manifest(tensors[names[0]])

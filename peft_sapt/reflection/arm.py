@@ -100,6 +100,8 @@ class Reflection:
                 "ArmCallback.reflect() needs the task's prompts: call prepare(model, batches) first."
             )
         name = pool.current_task
+        kind = "none" if closed_form(pool) else "real rows" if self.replay == "rows" else "pseudo-samples"
+        pool.record_task(name, rows=self.rows, replay=kind)
         if closed_form(pool):
             self.reports[name] = {"wanted": 0, "kept": 0, "closed_form_rows": len(self.pooled)}
             pool.commit_task(self.pooled)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..card.picture import draw_matrix
 from ..continual.methods import LABELS
 from ..continual.results import Result
 from .tables import first_order, short
@@ -35,18 +36,8 @@ def draw_heatmaps(names: list[str], found: dict[str, Any], path: Path) -> None:
     figure, pair = plot.subplots(1, 2, figsize=(2 * size + 0.8, size), layout="constrained", sharey=True)
     labels = [short(name) for name in names]
     for axes, (key, title) in zip(pair, VIEWS.items(), strict=True):
-        image = axes.imshow(found[key], vmin=0, vmax=1, cmap="Blues")
-        axes.set_xticks(range(len(names)), labels, rotation=45, ha="right", rotation_mode="anchor")
-        axes.set_yticks(range(len(names)), labels)
-        axes.set_xlabel("block of the pool")
+        image = draw_matrix(axes, labels, found[key])
         axes.set_title(title)
-        for i, row in enumerate(found[key]):
-            for j, weight in enumerate(row):
-                if many and weight < 0.005:
-                    continue  # a page of zeros hides the numbers that count
-                color = "white" if weight > 0.6 else "black"
-                text = f"{weight:.2f}".removeprefix("0") if many else f"{weight:.2f}"
-                axes.text(j, i, text, ha="center", va="center", color=color, fontsize=8 if many else 10)
     pair[0].set_ylabel("prompts of")
     figure.colorbar(image, ax=pair, shrink=0.8, label="mean attention weight")
     figure.savefig(path, dpi=120)

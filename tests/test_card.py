@@ -1,0 +1,268 @@
+"""The model card: what it says is in the pool, its lines load it, and nobody's own words are lost or believed."""
+
+from __future__ import annotations
+
+import re
+import struct
+import sys
+
+import pytest
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny import build_pool, padded, tiny_llama, token_rows
+
+from peft_sapt import SaptConfig, accept
+from peft_sapt.card import write_card
+from peft_sapt.card.write import BEGIN, END
+from peft_sapt.errors import OtherBaseError, SaptError, TaskError
+from peft_sapt.hub import refresh_card
+
+
+def committed_pool(router: str = "attention", **more):
+    model = build_pool("llama", ["a"], router=router, task_ranks=[3], init_weights=router == "ridge", **more)
+    for seed, name in enumerate(["a", "b", "c"]):
+        if name != "a":
+            model.add_task(name, r=3)
+        batches = [padded(token_rows([4, 5, 6, 7], seed=seed))]
+        model.commit_task(inputs=batches, replay=batches if router == "attention" else None)
+    return model
+
+
+def card_of(folder) -> str:
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
+def cells_of(card: str) -> list[list[str]]:
+    table = card.split("## Tasks")[1].split("\n\n")[1].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+
+
+def test_every_task_has_a_line_with_what_is_known(tmp_path) -> None:
+    model = committed_pool()
+    model.record_task("a", rows=96, score=71.04, metric="exact match, %", data="ag_news", license="MIT")
+    model.record_task("a", rows=97)  # the rest stays
+    model.save_pretrained(tmp_path)
+    head, _, *lines = cells_of(card_of(tmp_path))
+    assert [line[0] for line in lines] == [f"<code>{name}</code>" for name in "abc"]
+    first = dict(zip(head, lines[0], strict=True))
+    assert first["training rows"] == "97" and first["score"] == "71.0 exact match, %"
+    assert first["data"] == "ag&#95;news" and first["licence"] == "MIT"
+    assert first["rank"] == "3" and first["stored rows"] == "4"
+    own = model.attention_weights(**padded(token_rows([4, 5, 6, 7], seed=0)))[:, 0].mean()
+    assert float(first["own weight"]) == pytest.approx(float(own), abs=0.006)
+    assert "state" not in head, "nothing to say of a pool whose tasks are all committed"
+    model.add_task("d")
+    model.save_pretrained(tmp_path)
+    assert cells_of(card_of(tmp_path))[-1][-1] == "open"
+
+
+@pytest.mark.parametrize("router", ["attention", "ridge"])
+def test_the_picture_shows_the_attention_of_stored_prompts(tmp_path, router: str) -> None:
+    model = committed_pool(router)
+    model.save_pretrained(tmp_path)
+    assert "](attention.png)" in card_of(tmp_path)
+    data = (tmp_path / "attention.png").read_bytes()
+    width, height = struct.unpack(">II", data[16:24])
+    assert data.startswith(b"\x89PNG") and width > 300 and height > 300
+    again = tmp_path / "again"
+    model.save_pretrained(again)
+    assert (again / "attention.png").read_bytes() == data, "an unchanged picture would be pushed anew"
+
+
+def test_the_attention_of_the_manifest_is_that_of_the_model(tmp_path) -> None:
+    from peft_sapt.manifest import manifest_of
+
+    model = committed_pool()
+    model.save_pretrained(tmp_path)
+    found = torch.tensor(manifest_of(tmp_path / "adapter_model.safetensors")["attention"])
+    for seed in range(3):
+        weights = model.attention_weights(**padded(token_rows([4, 5, 6, 7], seed=seed))).mean(dim=0)
+        torch.testing.assert_close(found[seed], weights, atol=1e-4, rtol=0)
+
+
+def test_a_closed_form_pool_shows_the_attention_of_its_means(tmp_path) -> None:
+    from peft_sapt.manifest import manifest_of
+
+    model = committed_pool("ridge")
+    model.save_pretrained(tmp_path)
+    found = torch.tensor(manifest_of(tmp_path / "adapter_model.safetensors")["attention"])
+    attention = model.base_model.attention
+    means, solved = attention.means("default").double(), attention.sapt_solved["default"].weight.double()
+    expected = (means @ solved.T / attention.temperature("default")).softmax(dim=-1).float()
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("family", "loader"), [("llama", "CausalLM"), ("t5", "Seq2SeqLM")])
+def test_its_three_lines_load_the_pool(tmp_path, family: str, loader: str, monkeypatch) -> None:
+    model = build_pool(family, ["a", "b"])
+    base = tmp_path / "base"
+    model.unload().save_pretrained(base)
+    model = build_pool(family, ["a", "b"])
+    model.base_model.model.config._name_or_path = model.base_model.model.name_or_path = str(base)
+    model.save_pretrained(tmp_path / "pool")
+    lines = re.search(r"```python\n(.*?)```", card_of(tmp_path / "pool"), flags=re.S).group(1)
+    assert len(lines.strip().splitlines()) == 3 and loader in lines
+    names: dict = {}
+    exec(lines.replace("path/or/hub-id-of-this-folder", str(tmp_path / "pool")), names)
+    assert names["model"].tasks == ["a", "b"]
+    batch = padded(token_rows([5]))
+    batch |= {"decoder_input_ids": torch.tensor([[1]])} if family == "t5" else {}
+    torch.testing.assert_close(names["model"].eval()(**batch).logits, model.eval()(**batch).logits)
+
+
+def test_without_a_named_base_the_lines_take_one(tmp_path) -> None:
+    model = build_pool("llama", ["a", "b"])
+    model.save_pretrained(tmp_path)
+    lines = re.search(r"```python\n(.*?)```", card_of(tmp_path), flags=re.S).group(1)
+    base = build_pool("llama", ["a", "b"]).unload()
+    names: dict = {"base": base}
+    exec(lines.replace("path/or/hub-id-of-this-folder", str(tmp_path)), names)
+    assert names["model"].tasks == ["a", "b"]
+
+
+def test_front_matter_for_the_hub(tmp_path) -> None:
+    model = build_pool("llama", ["a", "b"])
+    model.base_model.model.config._name_or_path = "org/base"
+    model.base_model.model.name_or_path = "org/base"
+    model.save_pretrained(tmp_path)
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert {"peft", "sapt", "continual-learning", "base_model:adapter:org/base"} <= set(data.tags)
+    assert data.library_name == "peft" and data.base_model == "org/base" and data.pipeline_tag == "text-generation"
+
+
+def test_a_local_base_is_not_named_to_the_hub(tmp_path) -> None:
+    """The Hub refuses a card whose base model is a path."""
+    model = build_pool("llama", ["a", "b"])
+    model.base_model.model.config._name_or_path = model.base_model.model.name_or_path = str(tmp_path)
+    model.save_pretrained(tmp_path / "pool")
+    data = ModelCard.load(tmp_path / "pool" / "README.md").data
+    assert data.base_model is None and not [tag for tag in data.tags if str(tmp_path) in tag]
+
+
+def test_a_users_words_and_metadata_stay(tmp_path) -> None:
+    model = build_pool("llama", ["a", "b"])
+    model.save_pretrained(tmp_path)
+    own = card_of(tmp_path).replace(BEGIN, "Trained on a bus.\n\n" + BEGIN).replace(END, END + "\n\nThank you.")
+    (tmp_path / "README.md").write_text(own.replace("---\n", "---\nlicense: mit\n", 1), encoding="utf-8")
+    model.add_task("next")
+    model.save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.license == "mit"
+    assert card.text.index("Trained on a bus.") < card.text.index(BEGIN) < card.text.index("<code>next</code>")
+    assert card.text.rstrip().endswith("Thank you.") and card.text.count(BEGIN) == card.text.count(END) == 1
+
+
+def test_the_empty_template_goes_and_an_edited_one_stays(tmp_path) -> None:
+    template = ModelCard.from_template(ModelCardData()).text
+    path, config = tmp_path / "README.md", SaptConfig(tasks=["a"]).to_dict()
+    path.write_text("---\n{}\n---\n" + template)
+    write_card(tmp_path, config)
+    assert "More Information Needed" not in card_of(tmp_path)
+    path.write_text("---\n{}\n---\n" + template.replace("## Uses", "## Uses\n\nTelling news apart."))
+    write_card(tmp_path, config)
+    assert "Telling news apart." in card_of(tmp_path) and "More Information Needed" in card_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["x | y", "<script>alert(1)</script>", "[here](http://x)", "`code`", "two\nlines", f"{END} x"],
+)
+def test_recorded_text_stays_text(tmp_path, text: str) -> None:
+    model = build_pool("llama", ["a", "b"])
+    model.record_task("a", data=text)
+    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    card = card_of(tmp_path)
+    assert text not in card or text == "two\nlines"
+    assert len({len(line) for line in cells_of(card)}) == 1, "a cell has broken its table"
+    assert card.count(END) == 1
+
+
+def test_records_belong_to_tasks(tmp_path) -> None:
+    model = build_pool("llama", ["a", "b", "c"])
+    with pytest.raises(TaskError, match="no task 'z'"):
+        model.record_task("z", rows=1)
+    for wrong in ({"rows": -1}, {"rows": 1.5}, {"score": "high"}, {"score": float("nan")}, {"data": "x" * 201}):
+        with pytest.raises(SaptError, match=next(iter(wrong))):
+            model.record_task("a", **wrong)
+    model.record_task("b", rows=3)
+    model.remove_task("b")
+    assert model.peft_config["default"].records == {}
+    with pytest.raises(SaptError, match="records"):
+        SaptConfig(tasks=["a"], records=[1])
+
+
+def test_what_is_stored_of_the_data_is_disclosed(tmp_path) -> None:
+    model = committed_pool()
+    for name, kind in (("a", "pseudo-samples"), ("b", "real rows")):
+        model.record_task(name, replay=kind)
+    (tmp_path / "replay").mkdir()
+    (tmp_path / "replay" / "a.jsonl").write_text("{}\n")
+    model.save_pretrained(tmp_path)
+    data = card_of(tmp_path).split("## Data")[1]
+    assert re.search(r"made up: <code>a</code> \(4\)", data) and re.search(r"real prompts.*<code>b</code> \(4\)", data)
+    assert "`replay/` holds the text" in data and "No licence of the data was recorded" in data
+
+
+def test_no_picture_is_left_that_shows_another_state(tmp_path) -> None:
+    model = committed_pool()
+    model.save_pretrained(tmp_path)
+    model.remove_task("c")
+    model.remove_task("b")
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / "attention.png").exists() and "attention.png" not in card_of(tmp_path)
+
+
+def test_without_matplotlib_the_card_has_no_picture(tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr("peft_sapt.card.write.can_draw", lambda: False)
+    committed_pool().save_pretrained(tmp_path)
+    assert "attention.png" not in card_of(tmp_path) and "own weight" in card_of(tmp_path)
+
+
+def test_other_methods_of_peft_keep_their_card(tmp_path) -> None:
+    get_peft_model(tiny_llama(), LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+    before = card_of(tmp_path)
+    refresh_card(tmp_path)
+    assert card_of(tmp_path) == before and BEGIN not in before
+
+
+# --- the base model's fingerprint -----------------------------------------------------------------------------------
+
+
+def test_another_base_of_the_same_shape_is_refused(tmp_path) -> None:
+    build_pool("llama", ["a", "b"]).save_pretrained(tmp_path)
+    with pytest.raises(OtherBaseError, match="other values"):
+        PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    with accept("other_base"):
+        assert PeftModel.from_pretrained(tiny_llama(), tmp_path).tasks == ["a", "b"]
+    with pytest.raises(SaptError, match="other_base"), accept("everything"):
+        pass
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16])
+def test_the_same_base_in_another_number_type_is_the_same(tmp_path, dtype, saved) -> None:
+    model = build_pool("llama", ["a", "b"])
+    base = build_pool("llama", ["a", "b"]).unload()
+    model.base_model.model.to(saved)
+    model.save_pretrained(tmp_path)
+    assert PeftModel.from_pretrained(base.to(saved).to(dtype), tmp_path).tasks == ["a", "b"]
+
+
+def test_a_slightly_trained_base_is_another(tmp_path) -> None:
+    build_pool("llama", ["a", "b"]).save_pretrained(tmp_path)
+    base = build_pool("llama", ["a", "b"]).unload()
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.mul_(1 + 0.02 * torch.randn_like(parameter))
+    with pytest.raises(OtherBaseError):
+        PeftModel.from_pretrained(base, tmp_path)
+
+
+def test_a_longer_vocabulary_is_the_same_base(tmp_path) -> None:
+    build_pool("llama", ["a", "b"]).save_pretrained(tmp_path)
+    base = build_pool("llama", ["a", "b"]).unload()
+    base.resize_token_embeddings(120, mean_resizing=False)
+    assert PeftModel.from_pretrained(base, tmp_path).tasks == ["a", "b"]
