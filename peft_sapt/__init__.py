@@ -12,7 +12,6 @@ add_peft_type()
 
 from .collator import PromptMaskCollator  # noqa: E402
 from .config import SaptConfig  # noqa: E402
-from .hub import keep_cards  # noqa: E402
 from .layer import SaptLayer  # noqa: E402
 from .model import SaptModel  # noqa: E402
 from .optimizer import create_optimizer, optimizer_groups  # noqa: E402
@@ -22,7 +21,6 @@ from .registration import register  # noqa: E402
 from .version import __version__  # noqa: E402
 
 register(SaptConfig, SaptModel)
-keep_cards()
 
 __all__ = [
     "ArmCallback",

@@ -20,7 +20,7 @@ TENSORS = 8  # sampled, evenly spaced over the base's floating-point parameters
 VALUES = 32  # of each
 RELATIVE = 2.0**-7  # two roundings to bfloat16 are 2^-8; fine-tuning moves some of so many numbers further
 ABSOLUTE = 1e-6
-OWN = ("sapt_", "shared_attention", "soft_prompts", "modules_to_save", "lora_", "_flat_param")
+OWN = ("sapt_", "shared_attention", "soft_prompts", "modules_to_save", "original_module", "lora_", "_flat_param")
 
 DAMAGED = "The base model's fingerprint in the pool's manifest is malformed: the weights file is damaged."
 
@@ -28,10 +28,13 @@ Fingerprint = dict[str, dict[str, Any]]
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The base model's floating-point parameters that lie here in whole, by their names without any adapter."""
+    """The base model's floating-point parameters that lie here in whole, by their names without any adapter.
+
+    A head that the adapter brings along is not the base's: a classifier's is drawn anew whenever the base is loaded.
+    """
     found = {}
     for name, parameter in model.named_parameters():
-        plain = name.replace(".base_layer.", ".").replace(".original_module.", ".").removeprefix("base_model.model.")
+        plain = name.replace(".base_layer.", ".").removeprefix("base_model.model.")
         here = parameter.device.type != "meta" and parameter.numel() > 0 and not hasattr(parameter, "full_tensor")
         if here and parameter.is_floating_point() and not any(part in name for part in OWN):
             found[plain] = parameter.detach()

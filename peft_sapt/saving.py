@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .config import SaptConfig
 from .errors import OtherBaseError, PoolFormatError
 from .fingerprint import checked, differing, fingerprint
+from .hub import keep_card
 from .manifest import MANIFEST, read_manifest
 from .overrides import accepted
 from .pool_io import build_manifest, check_loaded
@@ -29,6 +30,7 @@ class PoolSaving(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
+        keep_card(model)
         state = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         named = {cls._remove_adapter_name_from_key(key, adapter_name): tensor for key, tensor in state.items()}
         targets_key, targets = next((k, v) for k, v in state.items() if ".sapt_targets." in k)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from test_arm import TASKS, fresh_pool, rows_of, tokenizer, trainer
-from tiny import build_pool, tiny_llama
+from tiny import build_pool
 
 from peft_sapt import ArmCallback, GeneratorSettings
 from peft_sapt.errors import LoraFolderError, ReflectionError, TaskError
@@ -96,22 +96,19 @@ def kept(tmp_path_factory):
 
 def test_a_pool_opened_to_answer_stays_frozen(kept) -> None:
     folder, _ = kept
-    torch.manual_seed(0)
-    model = PeftModel.from_pretrained(tiny_llama(), folder / "open")
+    model = PeftModel.from_pretrained(fresh_pool().unload(), folder / "open")
     ArmCallback(tokenizer(), generator=FAST, generator_folder=folder / "generators").redraw(model, "a")
     assert not any(p.requires_grad for p in model.parameters())
     assert model.active_adapter == "default" and model.peft_config["default"].inference_mode
 
 
 def reopened(folder) -> PeftModel:
-    torch.manual_seed(0)
-    return PeftModel.from_pretrained(tiny_llama(), folder / "pool").eval()
+    return PeftModel.from_pretrained(fresh_pool().unload(), folder / "pool").eval()
 
 
 def test_a_kept_generator_is_a_plain_lora(kept) -> None:
     folder, arm = kept
-    torch.manual_seed(0)
-    plain = PeftModel.from_pretrained(tiny_llama(), folder / "generators/a").eval()
+    plain = PeftModel.from_pretrained(fresh_pool().unload(), folder / "generators/a").eval()
     drawing = json.loads((folder / "generators/a/generator.json").read_text())
     every = prompts_of_task("a")
     loss = fitting.mean_loss(plain, every, drawing["start"], drawing["end"], FAST)

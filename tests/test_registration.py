@@ -13,7 +13,7 @@ import pytest
 from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType
-from tiny import build_pool, tiny_llama
+from tiny import build_pool
 
 import peft_sapt
 from peft_sapt import SaptConfig, SaptModel
@@ -53,7 +53,7 @@ def test_the_config_survives_its_file(tmp_path) -> None:
 def test_without_the_import_peft_names_the_missing_method(tmp_path) -> None:
     model = build_pool("llama", ["a", "b"])
     model.save_pretrained(tmp_path)
-    tiny_llama().save_pretrained(tmp_path / "base")
+    model.unload().save_pretrained(tmp_path / "base")
     code = (
         "from transformers import AutoModelForCausalLM; from peft import PeftModel\n"
         f"base = AutoModelForCausalLM.from_pretrained({str(tmp_path / 'base')!r})\n"

@@ -40,6 +40,11 @@ def show(folder: Path) -> None:
 @click.argument("folder", type=click.Path(path_type=Path))
 def verify(folder: Path) -> None:
     """Check every tensor of the pool in FOLDER against its digest."""
+    click.echo(f"{folder}: {verified(folder)} tensors are what was saved.")
+
+
+def verified(folder: Path) -> int:
+    """The number of tensors of the pool in ``folder``; raises [`PoolFormatError`] if one is not what was saved."""
     tensors, manifest = read_pool(folder)
     known = {plain_name(name): value for name, value in manifest["sha256"].items()}
     here = {plain_name(name): tensor for name, tensor in tensors.items()}
@@ -50,7 +55,7 @@ def verify(folder: Path) -> None:
     bad = sorted(name for name, t in here.items() if t.is_floating_point() and not bool(t.isfinite().all()))
     if bad:
         raise PoolFormatError(f"{folder}: {len(bad)} tensors hold NaN or infinity, {bad[0]!r} first.")
-    click.echo(f"{folder}: {len(here)} tensors are what was saved.")
+    return len(here)
 
 
 @command.command("diff")
@@ -98,5 +103,7 @@ def bytes_of(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-for part in (export, import_, remove):
+from .pool_push import push  # noqa: E402
+
+for part in (export, import_, remove, push):
     command.add_command(part)

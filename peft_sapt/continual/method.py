@@ -55,6 +55,9 @@ class Method:
     def after_stage(self, stage: int) -> None:
         """Called when the tasks up to ``stage`` have been learned and scored."""
 
+    def note_scores(self, scores: dict[str, float]) -> None:
+        """Called with the score on each task at the end, in percent."""
+
     def found(self) -> Found:
         """What only this method reports, asked for after the last stage."""
         return {}
@@ -106,6 +109,7 @@ def learn_stream(method: Method) -> Found:
         stored.append(method.stored_bytes())
         method.after_stage(stage)
         bar.set_postfix({name: f"{matrix[-1][stage]:.1f}"})
+    method.note_scores(dict(zip(names, matrix[-1], strict=True)))
     found: Found = {"matrix": matrix, "constrained": constrained, "stored_bytes": stored}
     if method.alone:
         found["single"] = list(matrix[-1])

@@ -119,6 +119,12 @@ class Pool(Method):
             "pseudo_samples": {} if self.arm is None else pseudo_reports(self.bench, self.model, self.arm),
         }
 
+    def note_scores(self, scores: dict[str, float]) -> None:
+        """For the model card."""
+        metric = self.bench.score.__name__.replace("_", " ")
+        for name, score in scores.items():
+            self.model.record_task(name, score=round(score, 1), metric=f"{metric}, %")
+
     def save(self, folder: Any) -> None:
         """The pool, and its pseudo-samples as text."""
         super().save(folder)
