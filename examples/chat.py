@@ -1,0 +1,122 @@
+"""Chat with a pool in the terminal; each answer says which tasks gave it.
+
+    python examples/chat.py --pool quickstart-out/pool
+
+The first turn decides the mixture, and the cache holds it for the whole conversation. `/task NAME` asks one task by
+name, `/auto` goes back to the attention, `/new` begins a new conversation, `/quit` ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from serving import Served
+from transformers import DynamicCache
+
+from peft_sapt.errors import SaptError
+
+
+class Conversation:
+    """Turns on one KV cache, which carries the weights of its first prompt."""
+
+    def __init__(self, served: Served, max_new_tokens: int) -> None:
+        self.served, self.max_new_tokens = served, max_new_tokens
+        self.task: str | None = None
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget the conversation."""
+        self.turns: list[dict[str, str]] = []
+        self.weights: dict[str, float] = {}
+        self.cache = DynamicCache(config=self.served.model.config)
+        self.ids, self.read = torch.zeros(1, 0, dtype=torch.long), ""  # what the cache holds, as tokens and as text
+
+    def text(self) -> str:
+        """The conversation so far as the model reads it."""
+        tokenizer = self.served.tokenizer
+        if tokenizer.chat_template is not None:
+            return tokenizer.apply_chat_template(self.turns, tokenize=False, add_generation_prompt=True)
+        return "\n".join(turn["content"] for turn in self.turns) + "\n"
+
+    @torch.no_grad()
+    def say(self, text: str) -> str:
+        """The answer to one more turn."""
+        self.turns.append({"role": "user", "content": text})
+        whole = self.text()
+        if not whole.startswith(self.read):  # a template that rewrites earlier turns: read it all anew
+            self.cache, self.ids, self.read = DynamicCache(config=self.served.model.config), self.ids[:, :0], ""
+        new = self.served.encode(whole[len(self.read) :])["input_ids"]
+        ids = torch.cat([self.ids, new], dim=1)  # [1, S]
+        if not self.weights:
+            named = {name: float(name == self.task) for name in self.served.tasks}
+            self.weights = self.served.weights(whole) if self.task is None else named
+        row = torch.tensor([[self.weights[name] for name in self.served.tasks]])
+        tokens = self.served.model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=self.cache, sapt_weights=row,
+            max_new_tokens=self.max_new_tokens, do_sample=False,
+        )  # fmt: skip
+        self.ids = tokens[:, :-1]  # the last token, which is the end or the limit, was never read
+        decode = self.served.tokenizer.decode
+        self.read = whole + decode(self.ids[0, ids.shape[1] :])
+        answer = decode(tokens[0, ids.shape[1] :], skip_special_tokens=True)
+        self.turns.append({"role": "assistant", "content": answer})
+        return answer.strip()
+
+    def command(self, line: str) -> str:
+        """What a line that begins with a slash does, as text."""
+        word, _, rest = line.partition(" ")
+        if word == "/task" and rest in self.served.tasks:
+            self.task = rest
+        elif word == "/auto":
+            self.task = None
+        elif word != "/new":
+            return f"There are /task NAME with one of {self.served.tasks}, /auto, /new and /quit."
+        self.begin()
+        return f"New conversation, answered by {self.task or 'the attention'}."
+
+
+def lines_from(given: list[str]) -> Iterable[str]:
+    """Given lines, or those of the keyboard until /quit or the end."""
+    if given:
+        yield from given
+        return
+    while True:
+        try:
+            line = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if line == "/quit":
+            return
+        yield line
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pool", type=Path, default=Path("quickstart-out/pool"), help="folder of a saved pool")
+    parser.add_argument("--model", help="base model, in place of the one that the pool names")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--say", action="append", default=[], help="a line, in place of the keyboard; repeat it")
+    args = parser.parse_args()
+    try:
+        served = Served(args.pool, args.model)
+    except SaptError as error:
+        print(error, file=sys.stderr)
+        return 1
+    talk = Conversation(served, args.max_new_tokens)
+    print(f"Tasks: {', '.join(served.tasks)}. /task NAME, /auto, /new, /quit.")
+    for line in lines_from(args.say):
+        if line.startswith("/"):
+            print(talk.command(line))
+        elif line:
+            print(talk.say(line))
+            shares = sorted(talk.weights.items(), key=lambda pair: -pair[1])
+            print("  [" + ", ".join(f"{name} {weight:.2f}" for name, weight in shares[:4]) + "]")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
