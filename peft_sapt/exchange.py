@@ -56,8 +56,8 @@ class LoraExchange(WarmStart):
         Tasks of weight 0 are left out.
 
         Args:
-            weights: one number per task in the order of ``tasks``, or {task: weight} with 0 for the others, such as a
-                row of ``attention_weights``.
+            weights: one number per task in the order of ``tasks``, [T], such as a row of ``attention_weights``, or
+                {task: weight} with 0 for the others.
 
         Raises:
             WeightsError: wrong count, not finite, or all zero.

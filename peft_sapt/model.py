@@ -216,6 +216,7 @@ class SaptModel(LoraExchange, PoolSaving, BaseTuner):
             return self.model.generate(*args, **kwargs)  # type: ignore[operator]
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused (raises [`SaptError`]): continuous batching flattens requests into one row."""
         raise SaptError(
             "Continuous batching (generate_batch) is not supported: it flattens the tokens of all requests into one "
             "row, so that no prompt can be told from another. Use generate with a left-padded batch."

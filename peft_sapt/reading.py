@@ -29,11 +29,12 @@ class PromptReader:
 
     @property
     def prompt_router(self) -> PromptRouter:
+        """What finds the weights of a forward and brings them to the layers."""
         return self.attention.router
 
     @property
     def pool_name(self) -> str:
-        """Name of the active adapter."""
+        """Name of the active adapter; raises [`TaskError`] if several are active."""
         if len(self.active_adapters) != 1:
             raise TaskError(
                 f"{len(self.active_adapters)} adapters are active: choose one pool with set_adapter(name)."
@@ -42,6 +43,7 @@ class PromptReader:
 
     @property
     def pool_config(self) -> SaptConfig:
+        """Configuration of the active adapter, as it is now."""
         return self.peft_config[self.pool_name]
 
     @torch.no_grad()
@@ -75,7 +77,13 @@ class PromptReader:
 
     @torch.no_grad()
     def pooled_prompts(self, batches: Iterable[Mapping[str, Any]] | Iterable[Tensor] | Tensor) -> Tensor:
-        """Max-pooled prompt embeddings of all rows in ``batches``, [N, d] in float32; pooled tensors pass through."""
+        """Pooled prompt embeddings of all rows in ``batches``, [N, d] in float32; pooled tensors pass through.
+
+        Element-wise maxima for the learned attention (SAPT, section 3.2), means for the closed form.
+
+        Raises:
+            WeightsError: a pooled tensor has another shape than [N, token_dim].
+        """
         if isinstance(batches, Tensor):
             batches = [batches]
         found = []

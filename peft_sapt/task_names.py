@@ -26,6 +26,7 @@ class TaskNames(PromptReader):
         return [n for n, done in zip(self.tasks, self.attention.committed(self.pool_name), strict=True) if done]
 
     def index_of(self, name: str) -> int:
+        """Place of a task in ``tasks``; raises [`TaskError`] if there is none of this name."""
         if name not in self.tasks:
             raise TaskError(f"There is no task {name!r} in the pool. Its tasks are {self.tasks}.")
         return self.tasks.index(name)

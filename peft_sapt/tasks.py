@@ -229,9 +229,11 @@ class TaskPool(TaskNames):
         return state
 
     def sizes_of(self, module: PoolModule) -> list[int]:
+        """Rows of each task's part in the stacks of ``module``, oldest first."""
         return module.part_sizes(self.pool_config)
 
     def take_tasks(self, config: SaptConfig, other: SaptConfig) -> None:
+        """Let ``config`` describe the tasks that ``other`` does, and seal, unseal and switch accordingly."""
         for name in ("tasks", "task_ranks", "task_alphas", "replay_rows", "task_name"):
             setattr(config, name, getattr(other, name))
         config.records = checked_records(config.records, config.tasks or [])
@@ -246,6 +248,7 @@ class TaskPool(TaskNames):
                 module.set_adapter(self.active_adapters, inference_mode=bool(self.pool_config.inference_mode))
 
     def refuse_bad_rows(self, what: str, pooled: Tensor) -> None:
+        """Raises [`PromptError`] if a row of ``pooled`` [N, d] is not finite, as those without a prompt token are."""
         if not bool(pooled.isfinite().all()):
             bad = (~pooled.isfinite().all(dim=1)).nonzero().flatten().tolist()
             raise PromptError(
@@ -254,6 +257,7 @@ class TaskPool(TaskNames):
             )
 
     def refuse_sharded(self, what: str) -> None:
+        """Raises [`TaskError`] if FSDP has the parameters that ``what`` needs in whole."""
         if sharding_of(self.model) is not None:
             raise TaskError(
                 f"{what} needs whole parameters and the model is sharded: call it before FSDP wraps the model, or "

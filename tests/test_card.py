@@ -47,7 +47,7 @@ def test_every_task_has_a_line_with_what_is_known(tmp_path) -> None:
     assert [line[0] for line in lines] == [f"<code>{name}</code>" for name in "abc"]
     first = dict(zip(head, lines[0], strict=True))
     assert first["training rows"] == "97" and first["score"] == "71.0 exact match, %"
-    assert first["data"] == "ag&#95;news" and first["licence"] == "MIT"
+    assert first["data"] == "ag_news" and first["licence"] == "MIT"
     assert first["rank"] == "3" and first["stored rows"] == "4"
     own = model.attention_weights(**padded(token_rows([4, 5, 6, 7], seed=0)))[:, 0].mean()
     assert float(first["own weight"]) == pytest.approx(float(own), abs=0.006)
@@ -96,14 +96,14 @@ def test_a_closed_form_pool_shows_the_attention_of_its_means(tmp_path) -> None:
 @pytest.mark.parametrize(("family", "loader"), [("llama", "CausalLM"), ("t5", "Seq2SeqLM")])
 def test_its_three_lines_load_the_pool(tmp_path, family: str, loader: str, monkeypatch) -> None:
     model = build_pool(family, ["a", "b"])
-    base = tmp_path / "base"
-    model.unload().save_pretrained(base)
+    model.unload().save_pretrained(tmp_path / "org" / "base")
     model = build_pool(family, ["a", "b"])
-    model.base_model.model.config._name_or_path = model.base_model.model.name_or_path = str(base)
+    model.base_model.model.config._name_or_path = model.base_model.model.name_or_path = "org/base"
     model.save_pretrained(tmp_path / "pool")
     lines = re.search(r"```python\n(.*?)```", card_of(tmp_path / "pool"), flags=re.S).group(1)
     assert len(lines.strip().splitlines()) == 3 and loader in lines
     names: dict = {}
+    monkeypatch.chdir(tmp_path)  # where org/base is found, as it would be on the Hub
     exec(lines.replace("path/or/hub-id-of-this-folder", str(tmp_path / "pool")), names)
     assert names["model"].tasks == ["a", "b"]
     batch = padded(token_rows([5]))
@@ -137,7 +137,8 @@ def test_a_local_base_is_not_named_to_the_hub(tmp_path) -> None:
     model.base_model.model.config._name_or_path = model.base_model.model.name_or_path = str(tmp_path)
     model.save_pretrained(tmp_path / "pool")
     data = ModelCard.load(tmp_path / "pool" / "README.md").data
-    assert data.base_model is None and not [tag for tag in data.tags if str(tmp_path) in tag]
+    assert data.base_model is None and str(tmp_path) not in card_of(tmp_path / "pool")
+    assert f"local model <code>{tmp_path.name}</code>" in card_of(tmp_path / "pool")
 
 
 def test_a_users_words_and_metadata_stay(tmp_path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..fingerprint import short_print
 from ..version import __version__
@@ -54,8 +57,18 @@ class Pool:
         return self.config["tasks"]
 
     @property
-    def base(self) -> str | None:
-        return self.config.get("base_model_name_or_path")
+    def hub_base(self) -> str | None:
+        """Id of the base model on the Hub; None where it is a folder of somebody's, which helps nobody else."""
+        name = self.config.get("base_model_name_or_path")
+        return name if is_hub_id(name) else None
+
+    @property
+    def base(self) -> str:
+        """How the base model is called in a sentence."""
+        name = self.config.get("base_model_name_or_path")
+        if self.hub_base is not None:
+            return code(name)
+        return f"the local model {code(Path(name).name)}" if name else "a model that the configuration does not name"
 
     def record(self, name: str) -> dict[str, Any]:
         return (self.config.get("records") or {}).get(name, {})
@@ -84,7 +97,7 @@ def title(pool: Pool) -> str:
 def summary(pool: Pool) -> str:
     count, blocks = len(pool.tasks), "soft prompts" if pool.config.get("block") == "prompt" else "LoRA blocks"
     many = f"{count} {blocks}, one for each task it has learned" if count > 1 else f"one task, in {blocks}"
-    on = f" on top of {code(pool.base)}" if pool.base else ""
+    on = f", on top of {pool.base}"
     return (
         f"A pool of {many}{on}. For every prompt {ROUTERS.get(pool.config.get('router', ''), 'a router')} decides how "
         "much of each block answers it, so no task has to be named. Made with "
@@ -131,10 +144,10 @@ def usage(pool: Pool) -> str:
     """Three lines that load the pool, and what to do with it."""
     where = pool.repo_id or "path/or/hub-id-of-this-folder"
     loader = LOADERS.get(pool.config.get("task_type") or "")
-    if loader is not None and pool.base:
+    if loader is not None and pool.hub_base:
         load = f'from peft import {loader}\nmodel = {loader}.from_pretrained("{where}")'
-    else:  # `base` is the model that the pool was trained on, loaded by its own class
-        load = f'from peft import PeftModel\nmodel = PeftModel.from_pretrained(base, "{where}")'
+    else:
+        load = f'from peft import PeftModel\nmodel = PeftModel.from_pretrained(base, "{where}")  # base: the model it was trained on'
     named = code(f'model.generate(**prompt, sapt_task="{pool.tasks[0]}")')
     return f"""`pip install peft-sapt`; without its import PEFT raises `KeyError: 'SAPT'`.
 
@@ -150,7 +163,7 @@ wording: write them as they were written in training. `model.add_task("next")` g
 
 def base_notes(pool: Pool) -> str:
     found = pool.manifest.get("base") or {}
-    name = code(pool.base) if pool.base else "not named by the configuration"
+    name = pool.base[0].upper() + pool.base[1:]
     if not found:
         return f"{name}. No fingerprint was taken, so another model of the same shape would not be noticed."
     return (
@@ -169,7 +182,7 @@ def data_notes(pool: Pool) -> str:
         names = [n for n, rows in stored.items() if rows and pool.record(n).get("replay", "prompts") == kind]
         what = SOURCES.get(kind, safe(kind))
         listed = ", ".join(f"{code(name)} ({stored[name]})" for name in names)
-        lines.append(f"It stores pooled embeddings, one vector for each prompt, of {what}: {listed}.")
+        lines.append(f"The pool stores pooled embeddings, one vector for each prompt, of {what}: {listed}.")
     if any((pool.folder / "replay").glob("*.jsonl")):
         lines.append(
             "`replay/` holds the text of the made-up prompts. A generator can repeat what it was trained on; copies "
@@ -197,9 +210,20 @@ def number(value: Any, digits: int) -> str:
 def safe(text: Any) -> str:
     """Text of unknown origin as one line that neither ends a table's cell nor opens a tag or a link."""
     flat = " ".join(str(text).split())
-    return re.sub(r"([|<>\[\]`*_&\\])", lambda found: f"&#{ord(found.group())};", flat)
+    return re.sub(r"([|<>\[\]`*&\\]|(?<!\w)_|_(?!\w))", lambda found: f"&#{ord(found.group())};", flat)
 
 
 def code(text: Any) -> str:
     """A name as code; not in backticks, inside which nothing can be escaped."""
     return f"<code>{safe(text)}</code>"
+
+
+def is_hub_id(name: object) -> bool:
+    """Whether ``name`` could be a model on the Hub; the Hub refuses cards whose base model is a local path."""
+    if not isinstance(name, str) or os.path.exists(name):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True

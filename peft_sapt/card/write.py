@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from ..files import write_atomically
 from ..manifest import manifest_of
 from .picture import can_draw, heatmap_png
-from .text import Pool, section
+from .text import Pool, is_hub_id, section
 
 BEGIN, END = "<!-- peft-sapt: begin -->", "<!-- peft-sapt: end -->"
 PICTURE = "attention.png"
@@ -73,17 +72,6 @@ def fill_front_matter(data: Any, config: dict[str, Any]) -> None:
     data.base_model = name if is_hub_id(name) else None
     linked = [f"base_model:adapter:{name}"] if is_hub_id(name) else []
     data.tags = sorted({*tags, *TAGS, *linked})
-
-
-def is_hub_id(name: object) -> bool:
-    """Whether ``name`` could be a model on the Hub; the Hub refuses cards whose base model is a local path."""
-    if not isinstance(name, str) or os.path.exists(name):
-        return False
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
 
 
 def around(text: str) -> tuple[str, str]:

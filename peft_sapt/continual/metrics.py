@@ -52,6 +52,9 @@ def backward_transfer(R: ArrayLike, divisor: Literal["paper", "textbook"] = "pap
 
     The paper's published numbers, like its release, divide by T; Lopez-Paz and Ranzato (2017) divide by T - 1.
     0 for T = 1.
+
+    Raises:
+        ValueError: ``R`` is not a T x T array with all scores on and below the diagonal, or ``divisor`` is unknown.
     """
     matrix = score_matrix(R)
     if divisor not in ("paper", "textbook"):
@@ -65,8 +68,13 @@ def backward_transfer(R: ArrayLike, divisor: Literal["paper", "textbook"] = "pap
 def forward_transfer(R: ArrayLike, single: Sequence[float] | ArrayLike) -> float:
     """FWT: mean over tasks of (score right after learning it) - (score of a model trained on it alone).
 
+    SAPT, section 4.1, after Lopez-Paz and Ranzato (2017).
+
     Args:
         single: T measured single-task scores, in percent.
+
+    Raises:
+        ValueError: ``R`` is not a T x T array with all scores on and below the diagonal, or ``single`` does not fit.
     """
     matrix = score_matrix(R)
     alone = np.asarray(single, dtype=np.float64)

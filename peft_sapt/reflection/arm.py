@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import ReflectionError, TaskError
 from ..files import write_atomically
+from ..hub import refresh_card
 from ..model import SaptModel
 from ..pool import sharding_of
 from .checks import can_generate, closed_form, isolated_rng, pool_of
@@ -73,14 +74,27 @@ class Reflection:
         self.rows = 0
 
     def prepare(self, model: Any, batches: Iterable[Mapping[str, Tensor]], seed: int = 0) -> None:
-        """What ``on_train_begin`` does, for a loop without the Trainer; ``batches`` are forward's arguments."""
+        """What ``on_train_begin`` does, for a loop without the Trainer.
+
+        Args:
+            batches: of the task's training set, as forward's arguments: ``input_ids`` [B, S] and so on.
+
+        Raises:
+            ReflectionError, TaskError: as the class says.
+        """
         pool = pool_of(model)
         self.check_pool(pool)
         self.take_batches(pool, batches)
         self.open_task(pool, model, seed)
 
     def penalty(self, model: Any, seed: int = 0) -> Tensor:
-        """The attention loss of one optimizer step; add its gradient once per step. Needs two tasks or more."""
+        """The attention loss of one optimizer step, a scalar [`attention_loss`]; add its gradient once per step.
+
+        Needs two tasks or more.
+
+        Raises:
+            ReflectionError: the router is a closed-form one, or ``prepare`` has not been called.
+        """
         pool = pool_of(model)
         if closed_form(pool):
             raise ReflectionError("A closed-form router needs no replay, so there is no attention loss to add.")
@@ -93,7 +107,11 @@ class Reflection:
         return attention_loss(pool.attention, pool.pool_name, current, **self.weights)
 
     def reflect(self, model: Any, seed: int = 0) -> None:
-        """Give old tasks their attention back, draw the replay rows of the current task, and commit it."""
+        """Give old tasks their attention back, draw the replay rows of the current task, and commit it.
+
+        Raises:
+            ReflectionError: ``prepare`` has not been called, or too few pseudo-samples came; the task stays open then.
+        """
         pool = pool_of(model)
         if self.pooled is None:
             raise ReflectionError(
@@ -176,6 +194,7 @@ class Reflection:
         for name, texts in self.pseudo_samples.items():
             lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
             write_atomically(target / f"{name}.jsonl", lines.encode())
+        refresh_card(folder)  # which says that there is text
 
     # --- parts --------------------------------------------------------------------------------------------------
 
@@ -199,6 +218,7 @@ class Reflection:
                 self.align(pool, seed)
 
     def align(self, pool: SaptModel, seed: int, own_target: Tensor | None = None) -> None:
+        """Fit the attention alone, see [`align_attention`]; ``own_target`` [T] is what the current task is to keep."""
         assert self.pooled is not None
         align_attention(
             pool.attention,
@@ -215,6 +235,7 @@ class Reflection:
             agree(p for p in pool.attention.parameters() if p.requires_grad)
 
     def check_pool(self, pool: SaptModel) -> None:
+        """Raises [`ReflectionError`] or [`TaskError`] if the task cannot train, or old ones not be replayed."""
         if self.replay == "generated" and not can_generate(pool) and not closed_form(pool):
             raise ReflectionError(
                 f"A {type(pool.model).__name__} writes no text, so it cannot generate pseudo-samples: use "
@@ -234,6 +255,11 @@ class Reflection:
             )
 
     def take_batches(self, pool: SaptModel, batches: Iterable[Mapping[str, Tensor]]) -> None:
+        """Keep the task's pooled prompts [n, d], and their tokens for the generator.
+
+        Raises:
+            ReflectionError: there are no tokens, and pseudo-samples are wanted.
+        """
         self.pooled, self.prompts = read_task(pool, batches)
         self.rows = len(self.pooled)
         if self.replay == "generated" and not self.prompts and not closed_form(pool):

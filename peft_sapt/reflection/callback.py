@@ -120,6 +120,7 @@ class ArmCallback(Reflection, TrainerCallback):
             warnings.warn(UNREFLECTED.format(name=pool_of(model).current_task), stacklevel=2)
 
     def take_prompts(self, pool: SaptModel, dataset: Any, collate: Any) -> None:
+        """Read at most ``max_rows`` training rows, evenly spaced; raises [`ReflectionError`] for a stream of rows."""
         with isolated_rng(0, None):
             if isinstance(dataset, IterableDataset):
                 raise ReflectionError(
@@ -133,4 +134,5 @@ class ArmCallback(Reflection, TrainerCallback):
             self.rows = round(len(self.pooled) * len(dataset) / count)  # type: ignore[arg-type]
 
     def seed_of(self, args: TrainingArguments, pool: SaptModel) -> int:
+        """The callback's seed, or the Trainer's, apart for each task."""
         return (args.seed if self.seed is None else self.seed) + 1_000_003 * len(pool.tasks)

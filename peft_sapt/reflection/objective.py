@@ -42,6 +42,8 @@ def attention_loss(
 ) -> Tensor:
     """``kl_weight * mean_i KL_i + gate_weight * shortfall`` for a pool of at least two tasks; a scalar.
 
+    The divergence is that of the paper (SAPT, section 3.3); the gate term is ours, without which it shuts the
+    new task's gate.
     The replay terms are averaged over the old tasks, so one weight means the same at any length of the stream; the
     loss belongs to an optimizer step, not to a micro-batch, so it means the same under any gradient accumulation.
 
@@ -78,6 +80,11 @@ def align_attention(
     The language model does not run: pooled prompts are constants, so a step costs a few small matrix products. Done
     before the first training step, it lets the new block learn behind an open gate from the start; done after the last
     one, with ``own_target``, it undoes what the language model's gradient did to the attention of old tasks.
+
+    Args:
+        current: pooled prompts of the task under training, [n, d].
+        steps: of AdamW without decay; batch_size: rows of ``current`` in each.
+        kl_weight, gate_weight, gate_floor, own_target: as in [`attention_loss`].
     """
     parameters = [p for name in attention.adapter_layer_names for p in getattr(attention, name)[adapter].parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)

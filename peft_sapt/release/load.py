@@ -40,7 +40,8 @@ def load_release(
         outputs: the release's ``outputs`` folder, with ``1-<task>/saved_weights`` and so on.
         lora_alpha: the release's, which its files do not hold.
         temperature: its ``attn_temperature``, as a factor of sqrt(d).
-        replay: pseudo-samples by task, as batches or pooled prompts, which ARM replays while it learns further ones.
+        replay: pseudo-samples by task, as batches or pooled prompts, [n, d], which ARM
+            replays while it learns further ones.
 
     Raises:
         ReleaseError: a file is missing, asks for code, or does not fit the others or ``base``. ``base`` is as it was.
