@@ -1,8 +1,10 @@
-"""A stream of tasks with TRL's SFTTrainer: `peft_config=SaptConfig(...)` for the first, the same pool for the rest.
+"""A stream of tasks with TRL's SFTTrainer.
 
     python examples/sft_trl.py --out sft-pool
 
-Rows are prompt and completion, the loss is on completions alone, and the ARM callback is the stock Trainer's.
+Rows are prompt and completion, the loss is on completions alone, and the ARM callback is the stock Trainer's. The
+pool is made before the trainer (`peft_config=SaptConfig(...)` works too), so that the attention can have a learning
+rate of its own.
 """
 
 from __future__ import annotations
@@ -15,10 +17,11 @@ from pathlib import Path
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from datasets import Dataset
+from peft import get_peft_model
 from synthetic import make_stream
 from trl import SFTConfig, SFTTrainer
 
-from peft_sapt import ArmCallback, SaptConfig
+from peft_sapt import ArmCallback, SaptConfig, create_optimizer
 from peft_sapt.continual.base import load_base
 
 
@@ -41,28 +44,24 @@ def main() -> int:
     args = parser.parse_args()
     model, tokenizer = load_base(args.model, args.cache)
     arm, stream = ArmCallback(tokenizer, replay=args.replay), make_stream(0)
-    config: SaptConfig | None = None
-    for name in args.tasks or list(stream):
-        if not hasattr(model, "peft_config"):
-            config = SaptConfig(task_type="CAUSAL_LM", task_name=name)
-        else:
-            config = None
+    names = args.tasks or list(stream)
+    model = get_peft_model(model, SaptConfig(task_type="CAUSAL_LM", task_name=names[0]))
+    for name in names:
+        if name not in model.tasks:
             model.add_task(name)
         settings = SFTConfig(
             output_dir=str(args.out / "trainer"), num_train_epochs=args.epochs, per_device_train_batch_size=8,
             learning_rate=5e-3, max_length=128, completion_only_loss=True, report_to="none", save_strategy="no",
             gradient_checkpointing=False, bf16=False, logging_steps=5,
         )  # fmt: skip
-        trainer = SFTTrainer(
+        SFTTrainer(
             model=model,
             args=settings,
             train_dataset=dataset_of(stream[name]["train"][: args.rows]),
             processing_class=tokenizer,
-            peft_config=config,
             callbacks=[arm],
-        )
-        trainer.train()
-        model = trainer.model
+            optimizers=create_optimizer(model, settings, attention_lr=3e-4),
+        ).train()
     model.save_pretrained(args.out)
     prompts = [f"{stream[name]['test'][0]['input']}\nOutput:" for name in model.tasks]
     for name, prompt in zip(model.tasks, prompts, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -416,3 +417,22 @@ def test_selection_counts_every_refusal() -> None:
         "drawn": 7, "unfinished": 1, "empty": 2, "duplicates": 1, "copies": 1, "kept": 2,
     }  # fmt: skip
     assert (wanted_count(100, 0.02, 20), wanted_count(5000, 0.02, 20)) == (20, 100)
+
+
+def test_a_fast_attention_is_warned_of_from_the_second_task_on(tmp_path) -> None:
+    model, arm = fresh_pool(), ArmCallback(tokenizer(), replay="rows")
+    for task, expected in (("a", 0), ("b", 1)):
+        if task not in model.tasks:
+            model.add_task(task)
+        args = arguments(tmp_path, max_steps=1)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            Trainer(
+                model=model, args=args, train_dataset=rows_of(task), data_collator=collate, callbacks=[arm]
+            ).train()
+        assert sum("loosens that of old tasks" in str(w.message) for w in caught) == expected
+    model.add_task("c")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(model, tmp_path, "c", [arm], max_steps=1).train()  # with create_optimizer
+    assert not [w for w in caught if "loosens" in str(w.message)]

@@ -83,7 +83,9 @@ def test_the_top_level_holds_nothing_else() -> None:
 
 
 def readme_blocks() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    """Of the README, and of the package's guide, which goes on from it."""
+    guides = (ROOT / "README.md").read_text() + (PACKAGE / "README.md").read_text()
+    return re.findall(r"```python\n(.*?)```", guides, flags=re.S)
 
 
 def test_the_guides_python_runs() -> None:
@@ -101,7 +103,7 @@ def test_the_readmes_python_runs(tmp_path) -> None:
     """All Python blocks in one process, in order, on tiny models in place of downloads."""
     prelude = (ROOT / "tests" / "readme_prelude.py").read_text()
     code = prelude + "\n" + "\n".join(readme_blocks())
-    assert len(readme_blocks()) >= 2
+    assert len(readme_blocks()) >= 3
     path = [str(ROOT), str(ROOT / "tests")]
     script = f"import sys; sys.path[:0] = {path!r}\n{code}"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=False)

@@ -147,7 +147,8 @@ def usage(pool: Pool) -> str:
     if loader is not None and pool.hub_base:
         load = f'from peft import {loader}\nmodel = {loader}.from_pretrained("{where}")'
     else:
-        load = f'from peft import PeftModel\nmodel = PeftModel.from_pretrained(base, "{where}")  # base: the model it was trained on'
+        load = f'from peft import PeftModel\nmodel = PeftModel.from_pretrained(base, "{where}")'
+        load += "  # base: the model it was made on"
     named = code(f'model.generate(**prompt, sapt_task="{pool.tasks[0]}")')
     return f"""`pip install peft-sapt`; without its import PEFT raises `KeyError: 'SAPT'`.
 

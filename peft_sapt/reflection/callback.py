@@ -13,7 +13,7 @@ from ..errors import ReflectionError
 from ..model import SaptModel
 from ..pool import sharding_of
 from .arm import Reflection
-from .checks import check_arguments, check_task_of_rows, closed_form, isolated_rng, pool_of
+from .checks import check_arguments, check_task_of_rows, closed_form, isolated_rng, pool_of, warn_of_fast_attention
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -80,6 +80,7 @@ class ArmCallback(Reflection, TrainerCallback):
             )
         check_task_of_rows(loader.dataset, pool)
         self.check_pool(pool)
+        warn_of_fast_attention(pool, kwargs.get("optimizer"))
         self.take_prompts(pool, loader.dataset, loader.collate_fn)
         self.open_task(pool, model, self.seed_of(args, pool), resumed=state.global_step > 0)
 

@@ -33,7 +33,7 @@ def draw_heatmaps(names: list[str], found: dict[str, Any], path: Path) -> None:
     """
     plot, many = pyplot(), len(names) > 8
     size = 2.2 + (0.5 if many else 0.9) * len(names)
-    figure, pair = plot.subplots(1, 2, figsize=(2 * size + 0.8, size), layout="constrained", sharey=True)
+    figure, pair = plot.subplots(1, 2, figsize=(2 * size + 0.8, size + 0.5), layout="constrained", sharey=True)
     labels = [short(name) for name in names]
     for axes, (key, title) in zip(pair, VIEWS.items(), strict=True):
         image = draw_matrix(axes, labels, found[key])
