@@ -20,7 +20,7 @@ from peft import PeftModel, get_peft_model
 from synthetic import make_stream
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
 
-from peft_sapt import ArmCallback, SaptConfig, create_optimizer
+from peft_sapt import ArmCallback, SaptConfig, create_optimizer, save_pool
 from peft_sapt.continual.base import load_base
 from peft_sapt.continual.streams import load_folder
 
@@ -54,8 +54,7 @@ def learn(model, tokenizer, name: str, rows: list, args: argparse.Namespace) -> 
         optimizers=create_optimizer(model, training, attention_lr=3e-4),
     ).train()
     model.record_task(name, data=str(args.tasks_dir or "made up by examples/synthetic.py"), license=args.license)
-    model.save_pretrained(args.out)
-    arm.save_replay(args.out)
+    save_pool(model, args.out, arm)
     report = arm.reports[name]
     print(f"{name}: trained on {len(rows)} rows; {report['kept']} rows stand for it from now on ({args.replay})")
 

@@ -16,8 +16,9 @@ from .layer import SaptLayer  # noqa: E402
 from .model import SaptModel  # noqa: E402
 from .optimizer import create_optimizer, optimizer_groups  # noqa: E402
 from .overrides import accept  # noqa: E402
-from .reflection import ArmCallback, GeneratorSettings  # noqa: E402
+from .reflection import ArmCallback, GeneratorSettings, last_complete_checkpoint  # noqa: E402
 from .registration import register  # noqa: E402
+from .saver import locked, save_pool  # noqa: E402
 from .version import __version__  # noqa: E402
 
 register(SaptConfig, SaptModel)
@@ -35,5 +36,8 @@ __all__ = [
     "__version__",
     "accept",
     "create_optimizer",
+    "last_complete_checkpoint",
+    "locked",
     "optimizer_groups",
+    "save_pool",
 ]

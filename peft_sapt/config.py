@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft.config import PeftConfig
-from peft.utils import CONFIG_NAME, PeftType
+from peft.utils import PeftType
 from peft.utils.constants import DUMMY_TARGET_MODULES
 
-from .card import write_card
+from .config_file import ConfigFile
 from .errors import SaptError, TaskError
-from .files import config_text, share_weights_file, write_atomically
 from .ops.dispatch import KERNELS
 from .records import checked_records
 from .validation import check_task_name, number, positive, whole
 
 
 @dataclass
-class SaptConfig(PeftConfig):
+class SaptConfig(ConfigFile):
     """Configuration of a [`SaptModel`]: one adapter that holds a pool of LoRA blocks and the attention over them.
 
     Method: *SAPT: A Shared Attention Framework for Parameter-Efficient Continual Learning of LLMs* (ACL 2024,
@@ -156,6 +153,9 @@ class SaptConfig(PeftConfig):
     records: dict[str, dict[str, Any]] | None = field(
         default=None, metadata={"help": "What the model card says of each task; see `record_task`."}
     )
+    generation: str | None = field(
+        default=None, metadata={"help": "Which save this belongs to; the weights file of that save has the same."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -253,21 +253,3 @@ class SaptConfig(PeftConfig):
         """lora_alpha / r (with use_rslora / sqrt(r)) of each task, oldest first."""
         power = 0.5 if self.use_rslora else 1.0
         return [a / r**power for a, r in zip(self.task_alphas or [], self.task_ranks or [], strict=True)]
-
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Write ``adapter_config.json`` by a temporary file and a rename, then finish what PEFT wrote around it.
-
-        PEFT calls this last, after the weights and the model card; so this is where the weights file gets the
-        permissions of the user's umask and the card its loading instructions.
-        """
-        if os.path.isfile(save_directory):
-            raise SaptError(f"{save_directory} is a file: save_pretrained needs a folder.")
-        os.makedirs(save_directory, exist_ok=True)
-        values = self.to_dict()
-        auto_mapping = kwargs.pop("auto_mapping_dict", None)
-        if auto_mapping is not None:
-            values["auto_mapping"] = auto_mapping
-        write_atomically(os.path.join(save_directory, CONFIG_NAME), config_text(values))
-        share_weights_file(save_directory)
-        if os.path.isfile(os.path.join(save_directory, "README.md")):  # PEFT writes none on a worker process
-            write_card(save_directory, {**values, "tasks": self.tasks})

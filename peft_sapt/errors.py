@@ -9,6 +9,14 @@ class TaskError(SaptError):
     """A task name is malformed, unknown, already taken, or not the one that may be trained now."""
 
 
+class UnsafeNameError(TaskError):
+    """A task name could lead out of a folder, or hide in a listing."""
+
+
+class TrainingError(SaptError, ArithmeticError):
+    """A loss, gradient or weight has become NaN or infinite in training."""
+
+
 class PromptError(SaptError):
     """The prompt tokens of a row, from which its attention query is computed, cannot be determined."""
 
@@ -23,6 +31,54 @@ class PoolFormatError(SaptError):
 
 class OtherBaseError(PoolFormatError):
     """A pool is loaded onto a base model with other weights than the one it was made for."""
+
+
+class OtherShapeError(PoolFormatError):
+    """A pool is loaded onto a base model whose token embeddings have another width."""
+
+
+class FormatVersionError(PoolFormatError):
+    """A pool was saved in a format that this version does not read."""
+
+
+class TruncatedFileError(PoolFormatError):
+    """A weights file ends before the tensors that its header lists."""
+
+
+class HeaderError(PoolFormatError):
+    """A weights file claims a header longer than any pool has, or has one that is not a header."""
+
+
+class PickleError(PoolFormatError):
+    """A folder has its weights as a pickle, which could run code, instead of as safetensors."""
+
+
+class ChangedTensorError(PoolFormatError):
+    """A tensor of a weights file is not the one that was saved."""
+
+
+class MissingTensorError(PoolFormatError):
+    """A weights file lacks tensors that were saved in it."""
+
+
+class UnknownTensorError(PoolFormatError):
+    """A weights file has tensors that were never saved in it."""
+
+
+class NonFiniteError(PoolFormatError):
+    """A tensor of a pool holds NaN or infinity."""
+
+
+class ConfigFileError(PoolFormatError):
+    """An adapter_config.json is too large, not JSON, or does not describe a pool."""
+
+
+class SaveError(SaptError):
+    """A pool cannot be saved as asked."""
+
+
+class CheckpointError(SaptError):
+    """A Trainer's checkpoint was not written to its end."""
 
 
 class ReflectionError(SaptError):

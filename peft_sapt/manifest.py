@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .errors import PoolFormatError
+from .errors import FormatVersionError, PoolFormatError
+from .overrides import accepted
+from .weights_file import opened
 
 FORMAT_VERSION = 2  # 1 had the factors B as [out, r]; it was never released
 MANIFEST = "sapt_manifest"
@@ -58,13 +59,13 @@ def read_manifest(tensor: Tensor) -> dict[str, Any]:
         raise PoolFormatError(f"The pool's manifest is not JSON ({error}): the weights file is damaged.") from error
     if not isinstance(values, dict) or not isinstance(values.get("format_version"), int):
         raise PoolFormatError("The pool's manifest has no format_version: the weights file is damaged.")
-    if values["format_version"] > FORMAT_VERSION:
-        raise PoolFormatError(
+    if values["format_version"] > FORMAT_VERSION and not accepted("newer_format"):
+        raise FormatVersionError(
             f"The pool has format version {values['format_version']}, this peft-sapt reads up to {FORMAT_VERSION}: "
             "upgrade with `pip install -U peft-sapt`."
         )
     if values["format_version"] < 2:
-        raise PoolFormatError(
+        raise FormatVersionError(
             "The pool has format version 1, of a development version before the first release: train it anew."
         )
     return values
@@ -76,9 +77,6 @@ def manifest_of(path: Path) -> dict[str, Any] | None:
     Raises:
         PoolFormatError: the file is not a safetensors file, or its manifest cannot be read.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            name = next((name for name in file.keys() if is_manifest(name)), None)  # noqa: SIM118
-            return None if name is None else read_manifest(file.get_tensor(name))
-    except (SafetensorError, OSError) as error:
-        raise PoolFormatError(f"{path} is not a safetensors file: {error}.") from error
+    with opened(path) as file:
+        name = next((name for name in file.keys() if is_manifest(name)), None)  # noqa: SIM118
+        return None if name is None else read_manifest(file.get_tensor(name))

@@ -10,6 +10,12 @@ from .errors import SaptError
 
 REFUSALS = {
     "other_base": "the base model is not the one that the pool was made for",
+    "changed_tensors": "tensors are not what was saved",
+    "missing_tensors": "tensors that were saved are not there; they stay as a new pool has them",
+    "unknown_tensors": "there are tensors that were not saved",
+    "nonfinite": "tensors hold NaN or infinity",
+    "newer_format": "the pool was saved by a later version, in a format that this one does not know",
+    "unmarked_checkpoint": "a Trainer's checkpoint does not say that it was written to its end",
 }
 _accepted: ContextVar[frozenset[str]] = ContextVar("accepted", default=frozenset())
 
@@ -24,7 +30,9 @@ def accept(*names: str) -> Iterator[None]:
     ```
 
     Args:
-        names: of ``other_base`` (the base model is not the one that the pool was made for).
+        names: ``other_base`` (the base model is not the one that the pool was made for), ``changed_tensors``,
+            ``missing_tensors`` (they stay as in a new pool), ``unknown_tensors``, ``nonfinite`` (NaN or infinity),
+            ``newer_format``, ``unmarked_checkpoint`` (a Trainer's checkpoint that may be incomplete).
 
     Raises:
         SaptError: there is no such refusal.

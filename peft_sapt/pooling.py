@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .attention import max_pool, mean_pool, whole
 from .config import SaptConfig
-from .errors import PoolFormatError, PromptError, SaptError
+from .errors import OtherShapeError, PromptError, SaptError
 from .packing import (
     before_labels_in_segments,
     max_pool_segments,
@@ -171,7 +171,7 @@ def checked_token_dim(wanted: int | None, embedding: Tensor | None) -> int:
         return wanted
     found = int(embedding.shape[-1])
     if wanted is not None and wanted != found:
-        raise PoolFormatError(
+        raise OtherShapeError(
             f"SaptConfig.token_dim is {wanted}, but this base model's token embeddings have width {found}: the "
             "pool was made for another base model. Load it onto that one."
         )

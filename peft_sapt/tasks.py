@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .attention import SharedAttention
 from .config import SaptConfig
-from .errors import PromptError, TaskError
+from .errors import PromptError, TaskError, TrainingError
 from .pool import PoolModule, linear_from, seal_heads, sharding_of
 from .records import checked_records
 from .task_names import TaskNames
@@ -173,6 +173,7 @@ class TaskPool(TaskNames):
 
         Raises:
             TaskError: the current task is committed already (``reopen_task()`` allows training it again).
+            TrainingError: its block or key is not finite; it stays open.
         """
         adapter, attention = self.pool_name, self.attention
         self.refuse_sharded("commit_task")
@@ -186,6 +187,7 @@ class TaskPool(TaskNames):
         rows = self.pooled_prompts([] if replay is None else replay)
         for what, found in (("inputs", pooled), ("replay", rows)):
             self.refuse_bad_rows(f"commit_task({what}=...)", found)
+        self.refuse_bad_weights()
         closed = attention.closed_form(adapter)
         if closed and not attention.learned(adapter)[-1]:
             if not len(pooled):
@@ -255,6 +257,15 @@ class TaskPool(TaskNames):
                 f"{what}: rows {bad[:10]} have no prompt token (all padding) or are not finite. Drop them; nothing "
                 "was changed."
             )
+
+    def refuse_bad_weights(self) -> None:
+        """Raises [`TrainingError`] if the current task's block or key holds NaN or infinity."""
+        for key, tensor in self.task_state(self.current_task).items():
+            if not bool(tensor.isfinite().all()):
+                raise TrainingError(
+                    f"{key!r} of task {self.current_task!r} is not finite, so it is not committed: go back to an "
+                    "earlier checkpoint, or remove_task and train it anew."
+                )
 
     def refuse_sharded(self, what: str) -> None:
         """Raises [`TaskError`] if FSDP has the parameters that ``what`` needs in whole."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from .errors import TaskError
+from .errors import TaskError, UnsafeNameError
 
 
 def number(value: object) -> bool:
@@ -32,7 +32,7 @@ def check_task_name(name: object) -> str:
     if name.isdigit():
         raise TaskError(f"Task name {name!r} is all digits and would read as an index. {cure}")
     if any(c in "/\\." or not c.isprintable() for c in name) or name != name.strip() or len(name) > 128:
-        raise TaskError(
+        raise UnsafeNameError(
             f"Task name {name!r} has a slash, a dot, an unprintable character, outer whitespace or more than 128 "
             f"characters. {cure}"
         )

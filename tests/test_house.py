@@ -13,12 +13,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "peft_sapt"
 ORDER = [
-    "version", "errors", "files", "manifest", "fingerprint", "overrides", "validation", "records", "card",
-    "registration", "hub", "ops",
+    "version", "errors", "files", "overrides", "weights_file", "manifest", "fingerprint", "validation", "records",
+    "card", "config_file", "registration", "hub", "ops",
     "config", "pool", "checkpointing", "prompt_mask", "packing", "collator", "weights", "ridge", "low_rank",
     "closed_form", "attention", "stored_attention", "pooling", "mixture", "soft_prompt", "routing", "layer", "pool_io",
     "reading", "task_names", "tasks", "warm_start", "lora_folder", "prompt_folder", "exchange", "saving", "model",
-    "optimizer", "release", "reflection", "continual", "report", "cli",
+    "saver",    "optimizer", "release", "reflection", "continual", "report", "cli",
 ]  # fmt: skip
 
 

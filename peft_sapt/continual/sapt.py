@@ -10,6 +10,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from ..config import SaptConfig
 from ..reflection import ArmCallback, GeneratorSettings
 from ..reflection.checks import pool_of
+from ..saver import save_pool
 from .answering import weights_of_prompts
 from .bounds import PerTask
 from .learner import Bench, train
@@ -127,9 +128,7 @@ class Pool(Method):
 
     def save(self, folder: Any) -> None:
         """The pool, and its pseudo-samples as text."""
-        super().save(folder)
-        if self.arm is not None:
-            self.arm.save_replay(folder)
+        save_pool(self.model, folder, self.arm)
 
 
 class PromptPerTask(PerTask):

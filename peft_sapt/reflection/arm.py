@@ -18,6 +18,7 @@ from ..model import SaptModel
 from ..pool import sharding_of
 from .checks import can_generate, closed_form, isolated_rng, pool_of
 from .generator import GeneratorSettings
+from .guard import Guard
 from .objective import align_attention, attention_loss
 from .processes import agree
 from .prompts import read_task
@@ -72,6 +73,7 @@ class Reflection:
         self.prompts: list[list[int]] = []  # token ids of the current task's prompts
         self.pooled: Tensor | None = None  # [n, d]
         self.rows = 0
+        self.guard = Guard()  # watches while the Trainer trains
 
     def prepare(self, model: Any, batches: Iterable[Mapping[str, Tensor]], seed: int = 0) -> None:
         """What ``on_train_begin`` does, for a loop without the Trainer.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from ..errors import ReflectionError
 from ..model import SaptModel
 from ..pool import sharding_of
 from .arm import Reflection
+from .checkpoints import mark, refuse_incomplete
 from .checks import check_arguments, check_task_of_rows, closed_form, isolated_rng, pool_of, warn_of_fast_attention
 
 if TYPE_CHECKING:
@@ -37,6 +39,8 @@ class ArmCallback(Reflection, TrainerCallback):
       Of a model sharded by FSDP2, this part is left to one process afterwards, and a warning says so.
     - With ``router="ridge"`` it shows the prompts to the router before training and commits the task at the end; there
       is nothing to replay, so no generator runs.
+    - ``on_pre_optimizer_step``: stops at a loss, gradient or weight that is not finite, before the step is taken.
+    - ``on_save``: marks a checkpoint as complete; going on from one without the mark is refused.
     - ``on_log``: adds ``attention/<task>``, the mean weight of each task on the current task's prompts.
 
     Args:
@@ -64,6 +68,7 @@ class ArmCallback(Reflection, TrainerCallback):
         ReflectionError: the tokenizer lacks a token, an old task has no replay rows, the generator gave
             too few usable samples, ...
         TaskError: the current task is committed already, or the training rows belong to another one.
+        TrainingError: a loss, gradient or weight is NaN or infinite. CheckpointError: an incomplete checkpoint.
     """
 
     # --- the Trainer's events -----------------------------------------------------------------------------------
@@ -81,6 +86,9 @@ class ArmCallback(Reflection, TrainerCallback):
         check_task_of_rows(loader.dataset, pool)
         self.check_pool(pool)
         warn_of_fast_attention(pool, kwargs.get("optimizer"))
+        if state.global_step:
+            refuse_incomplete(str(args.output_dir), state.global_step)
+        self.guard.attach(model)
         self.take_prompts(pool, loader.dataset, loader.collate_fn)
         self.open_task(pool, model, self.seed_of(args, pool), resumed=state.global_step > 0)
 
@@ -93,6 +101,18 @@ class ArmCallback(Reflection, TrainerCallback):
             # a GradScaler divides all gradients by its scale before the step, so this one has to carry it too
             scaler = getattr(kwargs.get("optimizer"), "scaler", None)
             (loss if scaler is None else scaler.scale(loss)).backward()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model, scaler = kwargs["model"], getattr(kwargs.get("optimizer"), "scaler", None)
+        task = pool_of(model).current_task
+        self.guard.check(model, task, state.global_step + 1, self.tokenizer, scaled=scaler is not None)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            mark(folder)
 
     def on_log(
         self,
@@ -115,6 +135,7 @@ class ArmCallback(Reflection, TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model = kwargs["model"]
+        self.guard.detach()
         if sharding_of(model) is None:
             self.reflect(model, self.seed_of(args, pool_of(model)))
         else:

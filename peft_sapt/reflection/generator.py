@@ -6,6 +6,7 @@ adapter, so base, pool and optimizer state of the user are untouched.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -96,25 +97,49 @@ def draw(
 ) -> None:
     """Sample rows from the active generator into ``selection`` until it is full or ``max_draws`` is spent."""
     model.eval()
-    device = next(model.parameters()).device
+    device, size = next(model.parameters()).device, settings.draw_batch_size
     budget = settings.max_draws * selection.report.wanted
     while selection.missing > 0 and selection.report.drawn < budget:
-        ids = torch.tensor(start, device=device).repeat(settings.draw_batch_size, 1)
-        rows = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=True,
-            top_k=settings.top_k,
-            temperature=settings.temperature,
-            repetition_penalty=settings.repetition_penalty,
-            max_new_tokens=max_tokens,
-            eos_token_id=eos,
-            pad_token_id=pad,
-        )
+        ids = torch.tensor(start, device=device).repeat(size, 1)
+        try:
+            rows = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=True,
+                top_k=settings.top_k,
+                temperature=settings.temperature,
+                repetition_penalty=settings.repetition_penalty,
+                max_new_tokens=max_tokens,
+                eos_token_id=eos,
+                pad_token_id=pad,
+            )
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            size = halved(size, error)
+            continue
         skip = 1 if is_encoder_decoder(model) else len(start)
         for row in rows[:, skip:].tolist():
             finished = eos in row
             selection.offer(row[: row.index(eos)] if finished else row, finished)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` is a device's or the CPU allocator's way to say that memory is spent."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def halved(size: int, error: BaseException) -> int:
+    """Half of a batch that did not fit; raises [`ReflectionError`] if it was one row."""
+    if size == 1:
+        raise ReflectionError(
+            "Not even one row fits into memory while the generator draws: free memory, or use "
+            "ArmCallback(replay='rows')."
+        ) from error
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    warnings.warn(f"Out of memory while drawing {size} rows at once: going on with {size // 2}.", stacklevel=2)
+    return size // 2
 
 
 def without_closing(prompts: list[list[int]], eos: int) -> tuple[list[list[int]], list[int]]:

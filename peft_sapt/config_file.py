@@ -1,0 +1,118 @@
+"""Reading and writing adapter_config.json: atomically, bounded, and never against the weights file beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any, Self
+
+from peft.config import PeftConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+
+from .card import write_card
+from .errors import ConfigFileError, PickleError, SaveError
+from .files import config_text, share_weights_file, write_atomically
+from .manifest import manifest_of
+
+MAX_CONFIG = 8 * 2**20  # bytes
+RUNTIME = ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version")  # of a load
+
+
+class ConfigFile(PeftConfig):
+    """What [`SaptConfig`] does with files."""
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """The values in a config's file; raises [`ConfigFileError`] if it is too large or not a JSON object."""
+        size = os.path.getsize(path_json_file)
+        if size > MAX_CONFIG:
+            raise ConfigFileError(f"{path_json_file} has {size} bytes, more than the {MAX_CONFIG} of any pool's.")
+        try:
+            values = json.loads(Path(path_json_file).read_bytes())
+        except (RecursionError, ValueError) as error:
+            raise ConfigFileError(f"{path_json_file} is not JSON ({error}). Load an intact copy.") from error
+        if not isinstance(values, dict):
+            raise ConfigFileError(f"{path_json_file} holds a {type(values).__name__}, not a pool's configuration.")
+        values.pop("runtime_config", None)
+        return values
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any
+    ) -> Self:
+        """As in PEFT; in a folder whose last save was interrupted, the weights file decides, and a warning says so.
+
+        Raises:
+            PickleError: the folder has its weights as a pickle alone.
+            ConfigFileError: adapter_config.json is too large, not JSON, or does not describe a pool.
+            PoolFormatError: the weights file is damaged.
+        """
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        manifest = manifest_in(folder) if folder.is_dir() else None
+        try:
+            config = super().from_pretrained(str(pretrained_model_name_or_path), subfolder, **kwargs)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ConfigFileError(f"{folder / CONFIG_NAME} does not describe a pool ({error}).") from error
+        return config if manifest is None else config.reconciled(manifest, folder)
+
+    def reconciled(self, manifest: dict[str, Any], folder: Path) -> Self:
+        """This config if it was saved together with the weights that ``manifest`` describes, else theirs."""
+        saved = manifest.get("config")
+        if not isinstance(saved, dict) or manifest.get("generation") == self.generation:
+            return self
+        warnings.warn(
+            f"{folder / CONFIG_NAME} is of another save than {SAFETENSORS_WEIGHTS_NAME} beside it: the weights "
+            "decide. Save the pool again to bring them together.",
+            stacklevel=3,
+        )
+        kept = {name: getattr(self, name) for name in RUNTIME if hasattr(self, name)}
+        try:
+            return type(self)(**{**saved, **kept, "generation": manifest.get("generation")})
+        except TypeError as error:
+            raise ConfigFileError(f"The weights file in {folder} does not describe a pool ({error}).") from error
+
+    def describing(self) -> dict[str, Any]:
+        """The values that belong to a pool and not to one load of it, as JSON has them."""
+        skipped = (*RUNTIME, "generation")
+        return {k: v for k, v in json.loads(config_text(self.to_dict())).items() if k not in skipped}
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Write ``adapter_config.json`` by a temporary file and a rename, then finish what PEFT wrote around it.
+
+        PEFT calls this last, after the weights and the model card; so this is where the weights file gets the
+        permissions of the user's umask and the card its section.
+
+        Raises:
+            SaveError: the folder is a file, or the weights were just written as a pickle.
+        """
+        if os.path.isfile(save_directory):
+            raise SaveError(f"{save_directory} is a file: save_pretrained needs a folder.")
+        folder = Path(save_directory)
+        if (folder / WEIGHTS_NAME).exists() and not (folder / SAFETENSORS_WEIGHTS_NAME).exists():
+            raise SaveError(
+                f"{folder} holds {WEIGHTS_NAME}, a pickle, which no pool is loaded from: remove it, and save without "
+                "safe_serialization=False."
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        values = self.to_dict()
+        auto_mapping = kwargs.pop("auto_mapping_dict", None)
+        if auto_mapping is not None:
+            values["auto_mapping"] = auto_mapping
+        write_atomically(folder / CONFIG_NAME, config_text(values))
+        share_weights_file(folder)
+        if (folder / "README.md").is_file():  # PEFT writes none on a worker process
+            write_card(folder, values)
+
+
+def manifest_in(folder: Path) -> dict[str, Any] | None:
+    """The manifest of the pool saved in ``folder``; None if there are no weights."""
+    if (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        return manifest_of(folder / SAFETENSORS_WEIGHTS_NAME)
+    if (folder / WEIGHTS_NAME).is_file():
+        raise PickleError(
+            f"{folder} has its weights in {WEIGHTS_NAME}, a pickle, which can run code when it is read. Ask for "
+            f"{SAFETENSORS_WEIGHTS_NAME}; pools are saved as that."
+        )
+    return None

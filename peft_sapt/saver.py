@@ -1,0 +1,136 @@
+"""Saving a pool so that a reader sees the old one or the new one, whatever happens in between.
+
+``save_pretrained`` of PEFT writes straight to the folder; a load then still finds the state before or after, since the
+weights file describes the whole pool and decides. This module adds what PEFT leaves out: everything is written beside
+first, read back, flushed to the disk, and then renamed, under a lock that keeps other writers out.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
+
+from .card.write import PICTURE
+from .errors import ChangedTensorError, SaveError
+from .manifest import digest, is_manifest, plain_name, read_manifest
+from .weights_file import opened
+
+LOCK, STAGING, REPLAY = ".peft-sapt.lock", ".saving-", "replay"
+
+
+@contextmanager
+def locked(folder: str | os.PathLike, timeout: float = 600.0) -> Iterator[None]:
+    """Keep other writers (and readers that ask) out of ``folder``; of this machine, or of a file system with locks.
+
+    Raises:
+        SaveError: the folder stayed locked for ``timeout`` seconds.
+    """
+    try:
+        with FileLock(Path(folder) / LOCK, timeout=timeout, mode=0o666):
+            yield
+    except Timeout:
+        raise SaveError(
+            f"{folder} has been locked by another process for {timeout:g} s: wait for it, or save elsewhere."
+        ) from None
+
+
+def save_pool(model: Any, folder: str | os.PathLike, arm: Any = None, timeout: float = 600.0) -> None:
+    """Save the active pool of ``model``, a [`PeftModel`], to ``folder`` in one step.
+
+    The folder then holds what ``save_pretrained`` writes, and with ``arm`` (an ``ArmCallback``) the text of its
+    pseudo-samples. The weights file is replaced first, which commits the save; what is killed before leaves the old
+    pool, what is killed after the new one, whose card may be the older one until the next save.
+
+    Args:
+        timeout: seconds to wait for another writer.
+
+    Raises:
+        SaveError: the disk is full, the folder cannot be written, or another process does not let go of it. What was
+            there is intact, and nothing else is left.
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        raise SaveError(f"{folder} is a file: save_pool needs a folder.")
+    new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder, timeout):
+            for left in folder.glob(f"{STAGING}*"):  # of a writer that was killed: the lock is ours
+                shutil.rmtree(left, ignore_errors=True)
+            staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=folder))
+            try:
+                stage(model, folder, staging, arm)
+                publish(staging, folder, model.tasks)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        if new:
+            shutil.rmtree(folder, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or error
+        raise SaveError(f"{folder} cannot be written: {reason}. What was there is intact.") from error
+
+
+def stage(model: Any, folder: Path, staging: Path, arm: Any) -> None:
+    """Write the pool to ``staging``, read it back, and flush it to the disk."""
+    if (folder / "README.md").is_file():
+        shutil.copyfile(folder / "README.md", staging / "README.md")  # for what a user wrote there
+    adapter = model.base_model.pool_name
+    model.save_pretrained(staging, selected_adapters=[adapter])
+    if adapter != "default":  # PEFT puts others into a folder of their name
+        for path in (staging / adapter).iterdir():
+            os.replace(path, staging / path.name)
+        (staging / adapter).rmdir()
+    if arm is not None:
+        arm.save_replay(staging)
+    read_back(staging / SAFETENSORS_WEIGHTS_NAME)
+    for path in [*files_in(staging), staging]:
+        flush(path)
+
+
+def read_back(path: Path) -> None:
+    """Raises [`ChangedTensorError`] if the file at ``path`` does not hold what its manifest says."""
+    with opened(path) as file:
+        names = list(file.keys())
+        known = read_manifest(file.get_tensor(next(filter(is_manifest, names))))["sha256"]
+        for name in names:
+            if plain_name(name) in known and digest(file.get_tensor(name)) != known[plain_name(name)]:
+                raise ChangedTensorError(
+                    f"{path} was written, but {name!r} does not read back as it was: check the disk."
+                )
+
+
+def publish(staging: Path, folder: Path, tasks: list[str]) -> None:
+    """Move what was staged to its place, the weights first; take away what belongs to an older state."""
+    staged = {path.relative_to(staging) for path in files_in(staging)}
+    first = [Path(SAFETENSORS_WEIGHTS_NAME), Path(CONFIG_NAME)]
+    for path in [*first, *sorted(staged - set(first))]:
+        (folder / path).parent.mkdir(exist_ok=True)
+        os.replace(staging / path, folder / path)
+    if Path(PICTURE) not in staged:
+        (folder / PICTURE).unlink(missing_ok=True)
+    for text in (folder / REPLAY).glob("*.jsonl"):
+        if text.stem not in tasks:
+            text.unlink()
+    flush(folder)
+
+
+def files_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def flush(path: Path) -> None:
+    """Have the file or folder at ``path`` on the disk before anything points to it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
