@@ -37,6 +37,7 @@ def build(folder: Path) -> list[str]:
     pdoc.render.configure(docformat="google", show_source=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*may refer to either")  # run beside the sources
         warnings.filterwarnings("ignore", message=".*has already been added")  # by its package
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", category=FutureWarning)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from .closed_form import ClosedForm
 from .config import SaptConfig
-from .fingerprint import Fingerprint
 from .pool import FreePoolModule, Linears, linear_from
 
 LAYER_NORM_EPS = 1e-5
@@ -76,7 +75,6 @@ class SharedAttention(ClosedForm, FreePoolModule):
     def __init__(self) -> None:
         super().__init__()
         self.loaded: set[str] = set()  # adapters whose weights come from a file
-        self.base: Fingerprint = {}  # of the base model before anything could shard it
 
     def update_layer(self, adapter: str, config: SaptConfig, device: torch.device | None) -> None:
         """Build the parts of ``adapter`` for the tasks in ``config``, in float32."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -207,7 +208,7 @@ class SaptConfig(ConfigFile):
     def _check_tasks(self) -> None:
         if self.tasks is None:
             self.tasks = [self.task_name if self.task_name is not None else "task_1"]
-        elif isinstance(self.tasks, str) or not list(self.tasks):
+        elif isinstance(self.tasks, str) or not isinstance(self.tasks, Iterable) or not list(self.tasks):
             raise TaskError(f"SaptConfig.tasks must be a non-empty list of names, got {self.tasks!r}.")
         self.tasks = [check_task_name(name) for name in self.tasks]
         if len(set(self.tasks)) != len(self.tasks):

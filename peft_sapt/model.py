@@ -16,7 +16,6 @@ from .attention import SharedAttention
 from .config import SaptConfig
 from .errors import SaptError
 from .exchange import LoraExchange
-from .fingerprint import fingerprint
 from .layer import Linear, SaptLayer, takes_as_linear
 from .mixture import Mixture
 from .pool import PoolModule
@@ -88,7 +87,6 @@ class SaptModel(LoraExchange, PoolSaving, BaseTuner):
                 setattr(model, name, module)
         if known is None:
             attention = SharedAttention()
-            attention.base = fingerprint(model)
             attention.router = PromptRouter(attention, self._routing)
             attention.router.attach(model)
             model.shared_attention = attention

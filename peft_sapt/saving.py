@@ -36,8 +36,7 @@ class PoolSaving(BaseTuner):
         targets_key, targets = next((k, v) for k, v in state.items() if ".sapt_targets." in k)
         manifest_key = targets_key.rsplit("sapt_targets", 1)[0] + f"{MANIFEST}.{adapter_name}"
         committed = (targets.sum(dim=1) > 0).tolist()
-        base = fingerprint(model) or getattr(getattr(model, "shared_attention", None), "base", {})
-        manifest = build_manifest(config, committed, named, base, stored_attention(config, named))
+        manifest = build_manifest(config, committed, named, fingerprint(model), stored_attention(config, named))
         return {**state, manifest_key: manifest}
 
     @classmethod
