@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ from peft.utils import PeftType
 from peft.utils.constants import DUMMY_TARGET_MODULES
 
 from .config_file import ConfigFile
-from .errors import SaptError, TaskError
+from .errors import ConfigFileError, SaptError, TaskError
 from .ops.dispatch import KERNELS
 from .records import checked_records
 from .validation import check_task_name, number, positive, whole
@@ -169,6 +170,7 @@ class SaptConfig(ConfigFile):
             raise SaptError("layers_pattern is given without layers_to_transform: give both, or neither.")
         self._check_ranges()
         self._check_tasks()
+        self._check_auto_mapping()
         if self.block == "prompt":
             self._check_prompt()
 
@@ -204,6 +206,17 @@ class SaptConfig(ConfigFile):
         for name, valid, wanted in checks:
             if not valid:
                 raise SaptError(f"SaptConfig.{name} must be {wanted}, got {getattr(self, name)!r}.")
+
+    def _check_auto_mapping(self) -> None:
+        """PEFT imports the module that is named there, so a file may name transformers' or one that is imported."""
+        if self.auto_mapping is None:
+            return
+        named = self.auto_mapping.get("parent_library") if isinstance(self.auto_mapping, dict) else None
+        if not isinstance(named, str) or (named.split(".")[0] != "transformers" and named not in sys.modules):
+            raise ConfigFileError(
+                f"auto_mapping names the module {named!r}, which loading would import and run. Import it yourself "
+                "first if you trust it."
+            )
 
     def _check_tasks(self) -> None:
         if self.tasks is None:

@@ -12,7 +12,7 @@ from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from .card import write_card
-from .errors import ConfigFileError, PickleError, SaveError
+from .errors import ConfigFileError, PickleError, SaptError, SaveError
 from .files import config_text, share_weights_file, write_atomically
 from .manifest import manifest_of
 
@@ -53,9 +53,19 @@ class ConfigFile(PeftConfig):
         manifest = manifest_in(folder) if folder.is_dir() else None
         try:
             config = super().from_pretrained(str(pretrained_model_name_or_path), subfolder, **kwargs)
-        except (AttributeError, KeyError, TypeError) as error:
+        except SaptError:
+            raise
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            if not (folder / CONFIG_NAME).is_file():
+                raise  # PEFT says that there is none
             raise ConfigFileError(f"{folder / CONFIG_NAME} does not describe a pool ({error}).") from error
-        return config if manifest is None else config.reconciled(manifest, folder)
+        if not isinstance(config, cls):
+            raise ConfigFileError(f"{folder / CONFIG_NAME} describes a {config.peft_type} adapter, not a pool.")
+        if manifest is None:
+            return config
+        config = config.reconciled(manifest, folder)
+        config.refuse_more_than(os.path.getsize(folder / SAFETENSORS_WEIGHTS_NAME), folder)
+        return config
 
     def reconciled(self, manifest: dict[str, Any], folder: Path) -> Self:
         """This config if it was saved together with the weights that ``manifest`` describes, else theirs."""
@@ -70,8 +80,24 @@ class ConfigFile(PeftConfig):
         kept = {name: getattr(self, name) for name in RUNTIME if hasattr(self, name)}
         try:
             return type(self)(**{**saved, **kept, "generation": manifest.get("generation")})
-        except TypeError as error:
+        except SaptError:
+            raise
+        except (AttributeError, TypeError, ValueError) as error:
             raise ConfigFileError(f"The weights file in {folder} does not describe a pool ({error}).") from error
+
+    def refuse_more_than(self, size: int, folder: Path) -> None:
+        """Raises [`ConfigFileError`] if a pool as described could not fit into a weights file of ``size`` bytes.
+
+        Building it would exhaust memory before the weights, which tell the truth, are looked at.
+        """
+        rows = (
+            sum(self.task_ranks or []) + sum(self.replay_rows or []) + self.num_virtual_tokens * len(self.tasks or [])
+        )
+        if rows + self.query_dim > size or (self.token_dim or 0) > size:
+            raise ConfigFileError(
+                f"{folder / CONFIG_NAME} describes more than {SAFETENSORS_WEIGHTS_NAME} of {size} bytes can hold. "
+                "One of both was damaged or edited: load an intact copy."
+            )
 
     def describing(self) -> dict[str, Any]:
         """The values that belong to a pool and not to one load of it, as JSON has them."""

@@ -39,7 +39,7 @@ def load_runs(folder: Path) -> list[Result]:
             key = (list(LABELS).index(result["method"]), result["order"], result["seed"])
             if np.asarray(result["matrix"], dtype=float).shape != (len(result["tasks"]),) * 2:
                 raise ValueError("its matrix does not fit its tasks")
-        except (ValueError, KeyError, TypeError) as error:
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise StreamError(f"{path} is not the result of a run ({error!r}): remove it, or run it again.") from error
         found.append((key, result))
     if not found:

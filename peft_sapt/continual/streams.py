@@ -9,15 +9,17 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ..errors import StreamError
 
 Row = dict[str, Any]
 Stream = dict[str, dict[str, list[Row]]]
 SPLITS = ("train", "validation", "test")
+MAX_LINE = 2**24  # characters of one row
 
 
 def load_folder(folder: Path, order: list[str] | None = None) -> Stream:
@@ -103,16 +105,24 @@ def _read(path: Path) -> list[Row]:
     rows = []
     try:
         with opened(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
+            for number, line in enumerate(bounded(lines), start=1):
                 if line.strip():
                     rows.append(checked(json.loads(line), f"{path}:{number}"))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise StreamError(f"{path}:{number} is not JSON ({error}): each line must be one object.") from error
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, ValueError, zlib.error) as error:
         raise StreamError(f"{path} cannot be read: {error}.") from error
     if not rows:
         raise StreamError(f"{path} holds no row.")
     return rows
+
+
+def bounded(lines: IO[str]) -> Iterator[str]:
+    """Lines of a file, none longer than ``MAX_LINE`` characters, however much a compressed one would give."""
+    while line := lines.readline(MAX_LINE + 1):
+        if len(line) > MAX_LINE:
+            raise ValueError(f"a line is longer than {MAX_LINE} characters")
+        yield line
 
 
 def checked(row: Any, where: str) -> Row:

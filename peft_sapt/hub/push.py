@@ -49,12 +49,14 @@ def push_folder(
         api: ``token`` and ``endpoint`` of [`huggingface_hub.HfApi`].
 
     Raises:
-        PoolFormatError: ``folder`` holds no pool.
+        PoolFormatError: ``folder`` holds no pool, or a link out of it.
         huggingface_hub.errors.HfHubHTTPError: the Hub refuses.
     """
     missing = [name for name in OWN[:2] if not (folder / name).is_file()]
     if missing:
         raise PoolFormatError(f"{folder} holds no {missing[0]}: give the folder of a saved pool.")
+    for name in own_files(folder):
+        refuse_link_outside(folder / name, folder)
     hub = HfApi(**api)
     repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
     there = {file.path: file for file in files_of(hub, repo_id)}
@@ -74,6 +76,14 @@ def push_folder(
 
 def files_of(hub: HfApi, repo_id: str) -> Iterable[RepoFile]:
     return (entry for entry in hub.list_repo_tree(repo_id, recursive=True) if isinstance(entry, RepoFile))
+
+
+def refuse_link_outside(path: Path, folder: Path) -> None:
+    """Raises [`PoolFormatError`] if ``path`` is a link to what is neither in ``folder`` nor in a cache of the Hub."""
+    target, root = path.resolve(), folder.resolve()
+    cache = root.parents[1] / "blobs" if len(root.parents) > 1 and root.parent.name == "snapshots" else root
+    if not target.is_relative_to(root) and not target.is_relative_to(cache):
+        raise PoolFormatError(f"{path} is a link to {target}, outside of the pool's folder: it is not pushed.")
 
 
 def own_files(folder: Path) -> list[str]:

@@ -8,8 +8,6 @@ first, a pickled numpy array). Facts from the release's ``run_llama.py`` at 52a5
 
 from __future__ import annotations
 
-import io
-import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,18 +18,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ReleaseError
+from .arrays import unpickled
 
 MAX_PICKLE = 2**20
-NUMPY = {  # what a pickled float array is made of, under numpy 1 and 2
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy.core.multiarray", "scalar"),
-    ("numpy._core.multiarray", "scalar"),
-    ("numpy._core.numeric", "_frombuffer"),
-    ("numpy.core.numeric", "_frombuffer"),
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-}
 OWN = re.compile(r"^(?P<parent>.+)\.lora_(?P<part>[qv])\.lora_[AB]$")
 OLD = re.compile(r"^(?P<parent>.+)\.previous_lora_weights_(?P<part>[qv])\.(?P<index>\d+)\.lora_[AB]$")
 Block = dict[tuple[str, str], Tensor]  # (parent module, "q" or "v") -> factor
@@ -50,15 +39,6 @@ class SavedTask:
     older_b: list[Block]
 
 
-class ArraysOnly(pickle.Unpickler):
-    """An unpickler that makes numpy arrays and refuses every other name."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in NUMPY:
-            raise ReleaseError(f"the pickle asks for {module}.{name}, where only a numpy array may be")
-        return super().find_class(module, name)
-
-
 def read_attention(path: Path) -> np.ndarray | None:
     """The array in an ``attention_weights.pkl``, float64 [T], newest task first; None if there is no such file.
 
@@ -71,8 +51,7 @@ def read_attention(path: Path) -> np.ndarray | None:
     if len(data) > MAX_PICKLE:
         raise ReleaseError(f"{path} has {len(data)} bytes, which no attention of a pool needs: it is not read.")
     try:
-        found = ArraysOnly(io.BytesIO(data)).load()
-        values = np.asarray(found, dtype=np.float64)
+        values = unpickled(data)
     except ReleaseError as error:
         raise ReleaseError(f"{path} is refused: {error}.") from None
     except Exception as error:  # a pickle can fail in any way
