@@ -78,6 +78,7 @@ def test_fifty_kills_while_saving(how: str, tmp_path, forked) -> None:
         saved, sending = forked.Pipe(duplex=False)
         worker = forked.Process(target=save_forever, args=(how, folder, sending))
         worker.start()
+        sending.close()  # so that a worker that dies by itself is noticed
         assert saved.recv() == 0
         time.sleep(rng.uniform(0, 0.25))
         worker.kill()
