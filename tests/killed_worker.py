@@ -22,24 +22,44 @@ from peft_sapt import ArmCallback, GeneratorSettings, SaptConfig, create_optimiz
 TASKS = ["a", "b", "c"]
 
 
-@lru_cache
-def state(number: int) -> PeftModel:
-    """A pool of ``number + 2`` tasks; the blocks of each state are others, so that a mixture would be noticed."""
-    model = build_pool("llama", ["a", "b", "c"][: number + 2], seed=number)
-    model.commit_task(inputs=[prompts_of("a", seed=1)], replay=[prompts_of("a", seed=2)])
+def fresh_base():
+    return build_pool("llama", ["a", "b"]).unload()
+
+
+def grown(model: PeftModel) -> PeftModel:
+    """One more task, learned and committed; the same one whoever does it."""
+    torch.manual_seed(7)
+    model.add_task("c")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".sapt_B." in name:
+                parameter.normal_(std=0.3)
+    model.commit_task(inputs=[prompts_of("c", seed=1)], replay=[prompts_of("c", seed=2)])
     return model
 
 
-def save_forever(how: str, folder: Path, saved: Connection) -> None:
-    """Save state 0 and state 1 in turns, and send the number of each save that is complete."""
+@lru_cache
+def state(number: int) -> PeftModel:
+    """The pool before (0) and after (1) its third task."""
+    model = build_pool("llama", ["a", "b"])
+    model.commit_task(inputs=[prompts_of("b", seed=1)], replay=[prompts_of("b", seed=2)])
+    return grown(model) if number else model
+
+
+def go_on_forever(how: str, folder: Path, done: Connection) -> None:
+    """Load the pool, commit a third task or take it out again, save; and send the number of each round."""
     torch.set_num_threads(1)
-    states = [state(0), state(1)]
     for i in range(10_000):
-        if how == "ours":
-            save_pool(states[i % 2], folder)
+        model = PeftModel.from_pretrained(fresh_base(), folder, is_trainable=True)
+        if "c" in model.tasks:
+            model.remove_task("c")
         else:
-            states[i % 2].save_pretrained(folder)
-        saved.send(i)
+            grown(model)
+        if how == "ours":
+            save_pool(model, folder)
+        else:
+            model.save_pretrained(folder)
+        done.send(i)
 
 
 class Phases(TrainerCallback):

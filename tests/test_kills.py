@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from killed_worker import save_forever, state
+from killed_worker import fresh_base, go_on_forever, state
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny import build_pool
 
+from peft_sapt import save_pool
 from peft_sapt.errors import PoolFormatError
 
 ROOT = Path(__file__).parents[1]
@@ -56,45 +56,33 @@ def which(model: PeftModel, states: list[PeftModel]) -> int | None:
     return None
 
 
-def load(folder: Path, number: int) -> PeftModel:
-    bases = {n: build_pool("llama", ["a", "b", "c"][: n + 2], seed=n).unload() for n in (0, 1)}
-    for base in (bases[number], bases[1 - number]):  # the two states have bases of their own
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                return PeftModel.from_pretrained(base, folder)
-        except PoolFormatError as error:
-            found = error
-    raise found
-
-
 @pytest.mark.parametrize("how", ["ours", "bare"])
-def test_fifty_kills_while_saving(how: str, tmp_path, forked) -> None:
+def test_fifty_kills_while_loading_committing_and_saving(how: str, tmp_path, forked) -> None:
     rng, found = random.Random(0), Counter()
-    states = [state(0), state(1)]
-    for kill in range(KILLS):
-        folder = tmp_path / "pool"
-        states[kill % 2].save_pretrained(folder)  # the state before
-        saved, sending = forked.Pipe(duplex=False)
-        worker = forked.Process(target=save_forever, args=(how, folder, sending))
+    states, folder = [state(0), state(1)], tmp_path / "pool"
+    states[0].save_pretrained(folder)
+    for _ in range(KILLS):
+        done, sending = forked.Pipe(duplex=False)
+        worker = forked.Process(target=go_on_forever, args=(how, folder, sending))
         worker.start()
         sending.close()  # so that a worker that dies by itself is noticed
-        assert saved.recv() == 0
-        time.sleep(rng.uniform(0, 0.25))
+        assert done.recv() == 0
+        time.sleep(rng.uniform(0, 0.3))
         worker.kill()
         worker.join()
         try:
-            found[which(load(folder, 0), states)] += 1
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found[which(PeftModel.from_pretrained(fresh_base(), folder), states)] += 1
         except PoolFormatError as error:
             found["refused"] += 1
             print(error)
+            states[0].save_pretrained(folder)
     print(how, dict(found))
     assert found[None] == 0, f"a mixture of two states was accepted: {found}"
     assert found["refused"] <= (0 if how == "ours" else 1), found
     assert found[0] >= 5 and found[1] >= 5, f"the kills did not fall on different moments: {found}"
     if how == "ours":  # what a killed writer left is taken away by the next one
-        from peft_sapt import save_pool
-
         save_pool(states[0], folder)
         assert not [path.name for path in folder.iterdir() if path.name.startswith(".saving-")]
 
