@@ -51,7 +51,7 @@ class Mixtures:
         total = sum(self.served.model.peft_config["default"].task_ranks)
         fitting = [rank for rank in RANKS if rank >= total]
         if not fitting:
-            raise SystemExit(f"A mixture of all blocks has rank {total}, above vLLM's {RANKS[-1]}: use --top-k.")
+            raise SystemExit(f"A mixture of all blocks has rank {total}, above the {RANKS[-1]} that vLLM takes.")
         return fitting[0]
 
     def weights(self, prompt: str) -> dict[str, float]:
@@ -91,7 +91,7 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="build the LoRAs and print the requests, without vLLM")
     args = parser.parse_args()
     served = Served(args.pool, args.model)
-    prompts = args.prompts.read_text(encoding="utf-8").splitlines()
+    prompts = [line for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
     mixtures = Mixtures(served, args.adapters, keep=len(prompts), decimals=None if args.exact else 2)
     adapters = [mixtures.adapter(prompt) for prompt in prompts]
     if args.dry_run:
@@ -103,14 +103,16 @@ def main() -> int:
     from vllm.lora.request import LoRARequest
 
     engine = LLM(
-        args.model or served.model.peft_config["default"].base_model_name_or_path,
+        served.model.get_base_model().name_or_path,
         enable_lora=True,
         max_lora_rank=mixtures.max_rank,
         max_loras=min(8, len({adapter.name for adapter in adapters})),
     )
     requests = [LoRARequest(a.name, a.number, str(a.folder)) for a in adapters]
+    # as tokens, so that vLLM reads what the pool's attention has read and adds none of its own
+    read = [{"prompt_token_ids": served.encode(prompt)["input_ids"][0].tolist()} for prompt in prompts]
     sampling = SamplingParams(temperature=0.0, max_tokens=args.max_new_tokens)
-    for prompt, output in zip(prompts, engine.generate(prompts, sampling, lora_request=requests), strict=True):
+    for prompt, output in zip(prompts, engine.generate(read, sampling, lora_request=requests), strict=True):
         print(f"{prompt}\n  -> {output.outputs[0].text.strip()}")
     return 0
 

@@ -14,6 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import torch
+from peft import PeftConfig
 
 from peft_sapt import PeftModel
 from peft_sapt.continual.base import load_base
@@ -89,12 +90,12 @@ class Served:
         return Answer(text, dict(weights or {}), time.perf_counter() - begun)
 
 
-def named_base(pool: Path) -> str:
+def named_base(pool: str | Path) -> str:
     """The base model that a pool's configuration names; raises [`SaptError`] if there is none."""
-    path = Path(pool) / "adapter_config.json"
-    if not path.is_file():
-        raise SaptError(f"{pool} holds no adapter_config.json: give the folder of a saved pool.")
-    named = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    try:
+        named = PeftConfig.from_pretrained(str(pool)).base_model_name_or_path
+    except (OSError, ValueError) as error:
+        raise SaptError(f"{pool} holds no pool ({error}): give the folder or the Hub id of a saved one.") from error
     if not named:
         raise SaptError(f"The pool in {pool} names no base model: give one with --model.")
     return str(named)

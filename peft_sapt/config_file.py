@@ -8,10 +8,13 @@ import warnings
 from pathlib import Path
 from typing import Any, Self
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
-from .card import write_card
+from .card import clean_card, write_card
+from .card.text import is_hub_like
 from .errors import ConfigFileError, PickleError, SaptError, SaveError
 from .files import config_text, share_weights_file, write_atomically
 from .manifest import manifest_of
@@ -50,6 +53,8 @@ class ConfigFile(PeftConfig):
             PoolFormatError: the weights file is damaged.
         """
         folder = Path(pretrained_model_name_or_path, subfolder or "")
+        if not folder.is_dir():
+            folder = snapshot(str(pretrained_model_name_or_path), subfolder, cls._split_kwargs(kwargs)[0])
         manifest = manifest_in(folder) if folder.is_dir() else None
         try:
             config = super().from_pretrained(str(pretrained_model_name_or_path), subfolder, **kwargs)
@@ -126,10 +131,40 @@ class ConfigFile(PeftConfig):
         auto_mapping = kwargs.pop("auto_mapping_dict", None)
         if auto_mapping is not None:
             values["auto_mapping"] = auto_mapping
+        base = values.get("base_model_name_or_path")
+        if (
+            isinstance(base, str) and is_hub_like(base) and os.path.exists(base)
+        ):  # so that it is no Hub id wherever it is read
+            values["base_model_name_or_path"] = os.path.join(os.curdir, base)
         write_atomically(folder / CONFIG_NAME, config_text(values))
         share_weights_file(folder)
         if (folder / "README.md").is_file():  # PEFT writes none on a worker process
             write_card(folder, values)
+        else:
+            clean_card(folder.parent / "README.md", values)  # PEFT's, above the folder of a named adapter
+
+
+def snapshot(repo_id: str, subfolder: str | None, hub: dict[str, Any]) -> Path:
+    """Where the Hub's cache has the pool of ``repo_id``, downloaded as PEFT is about to; a path that is not there if
+    the Hub cannot be asked, about which PEFT then speaks.
+
+    Raises:
+        PickleError: the repository has the weights as a pickle alone.
+    """
+    asked = {"repo_id": repo_id, "subfolder": subfolder, **hub}
+    try:
+        hf_hub_download(**asked, filename=CONFIG_NAME)
+    except (OSError, ValueError, HfHubHTTPError):
+        return Path(repo_id)
+    try:
+        return Path(hf_hub_download(**asked, filename=SAFETENSORS_WEIGHTS_NAME)).parent
+    except EntryNotFoundError:
+        raise PickleError(
+            f"{repo_id} has no {SAFETENSORS_WEIGHTS_NAME}; weights in a pickle, which can run code when it is read, "
+            "are not loaded."
+        ) from None
+    except (OSError, ValueError, HfHubHTTPError):
+        return Path(repo_id)
 
 
 def manifest_in(folder: Path) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -31,12 +32,16 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The base model's floating-point parameters that lie here in whole, by their names without any adapter.
 
     A head that the adapter brings along is not the base's: a classifier's is drawn anew whenever the base is loaded.
+    Numbers of one byte, and packed ones of four bits, mean nothing without their scales.
     """
     found = {}
     for name, parameter in model.named_parameters():
         plain = name.replace(".base_layer.", ".").removeprefix("base_model.model.")
         here = parameter.device.type != "meta" and parameter.numel() > 0 and not hasattr(parameter, "full_tensor")
-        if here and parameter.is_floating_point() and not any(part in name for part in OWN):
+        plain_numbers = (
+            parameter.is_floating_point() and parameter.itemsize > 1 and not hasattr(parameter, "quant_state")
+        )
+        if here and plain_numbers and parameter.dim() > 0 and not any(part in name for part in OWN):
             found[plain] = parameter.detach()
     return found
 
@@ -81,19 +86,20 @@ def checked(found: object) -> Fingerprint:
     return found
 
 
-def differing(found: Fingerprint, model: nn.Module) -> str | None:
+def differing(found: Fingerprint, model: nn.Module, brought: Container[str] = ()) -> str | None:
     """The name of the first tensor of ``model``'s base that is not the one of ``found``; None if all that can be
     compared agree.
 
     A tensor is compared if it is here in whole, floating-point, and of the same shape; the first axis may have grown,
-    as an embedding for added tokens has.
+    as an embedding for added tokens has. Those ``brought`` by the file itself are not compared.
     """
     here = base_tensors(model)
     for name, known in found.items():
         shape, values, tensor = list(known["shape"]), known["values"], here.get(name)
-        if tensor is None or list(tensor.shape[1:]) != shape[1:] or len(tensor) < shape[0]:
+        if tensor is None or name in brought or list(tensor.shape[1:]) != shape[1:] or len(tensor) < shape[0]:
             continue
         now, then = torch.tensor(sampled(tensor, math.prod(shape))), torch.tensor(values)
-        if not bool(((now - then).abs() <= ABSOLUTE + RELATIVE * then.abs()).all()):
+        near = (now - then).abs() <= ABSOLUTE + RELATIVE * then.abs()
+        if not bool((near | (now == then) | (now.isnan() & then.isnan())).all()):
             return name
     return None

@@ -55,7 +55,7 @@ def read_manifest(tensor: Tensor) -> dict[str, Any]:
         )
     try:
         values = json.loads(bytes(tensor.cpu().numpy()).decode())
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (RecursionError, ValueError) as error:
         raise PoolFormatError(f"The pool's manifest is not JSON ({error}): the weights file is damaged.") from error
     if not isinstance(values, dict) or not isinstance(values.get("format_version"), int):
         raise PoolFormatError("The pool's manifest has no format_version: the weights file is damaged.")

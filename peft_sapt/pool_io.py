@@ -52,7 +52,7 @@ def check_loaded(values: dict[str, Any], config: SaptConfig, tensors: dict[str, 
 
     Raises:
         PoolFormatError: tasks, ranks, scalings or replay rows differ from ``config``. Nothing has been loaded then.
-        MissingTensorError, UnknownTensorError, ChangedTensorError, NonFiniteError: of the tensors.
+        MissingTensorError, UnknownTensorError, ChangedTensorError: of the tensors.
     """
     here = {
         "tasks": config.tasks,
@@ -87,6 +87,10 @@ def check_loaded(values: dict[str, Any], config: SaptConfig, tensors: dict[str, 
             f"{len(changed)} tensors of the weights file differ from their digest, {changed[0]!r} first: the file was "
             "damaged or edited after it was saved. Load an intact copy."
         )
+
+
+def check_finite(tensors: dict[str, Tensor]) -> None:
+    """Raises [`NonFiniteError`] if one of ``tensors`` holds NaN or infinity."""
     bad = [name for name, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]
     if bad and not accepted("nonfinite"):
         raise NonFiniteError(

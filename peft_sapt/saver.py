@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 
 from .card.write import PICTURE
-from .errors import ChangedTensorError, SaveError
-from .manifest import digest, is_manifest, plain_name, read_manifest
+from .errors import ChangedTensorError, PoolFormatError, SaveError
+from .hub import refresh_card
+from .manifest import digest, is_manifest, manifest_of, plain_name, read_manifest
 from .weights_file import opened
 
 LOCK, STAGING, REPLAY = ".peft-sapt.lock", ".saving-", "replay"
@@ -60,7 +61,6 @@ def save_pool(model: Any, folder: str | os.PathLike, arm: Any = None, timeout: f
     folder = Path(folder)
     if folder.is_file():
         raise SaveError(f"{folder} is a file: save_pool needs a folder.")
-    new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder, timeout):
@@ -68,27 +68,48 @@ def save_pool(model: Any, folder: str | os.PathLike, arm: Any = None, timeout: f
                 shutil.rmtree(left, ignore_errors=True)
             staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=folder))
             try:
-                stage(model, folder, staging, arm)
-                publish(staging, folder, model.tasks)
+                gone = tasks_in(folder) - set(model.tasks)
+                stage(model, folder, staging, arm, gone)
+                publish(staging, folder, gone)
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        if new:
-            shutil.rmtree(folder, ignore_errors=True)
+        take_away_if_empty(folder)
         reason = getattr(error, "strerror", None) or error
         raise SaveError(f"{folder} cannot be written: {reason}. What was there is intact.") from error
 
 
-def stage(model: Any, folder: Path, staging: Path, arm: Any) -> None:
+def tasks_in(folder: Path) -> set[str]:
+    """Tasks of the pool that is saved in ``folder``; none if there is no readable one."""
+    try:
+        return set((manifest_of(folder / SAFETENSORS_WEIGHTS_NAME) or {}).get("tasks") or [])
+    except PoolFormatError:
+        return set()
+
+
+def take_away_if_empty(folder: Path) -> None:
+    """Remove ``folder`` if nothing but our lock is in it."""
+    with suppress(OSError):
+        if [path.name for path in folder.iterdir()] in ([], [LOCK]):
+            (folder / LOCK).unlink(missing_ok=True)
+            folder.rmdir()
+
+
+def stage(model: Any, folder: Path, staging: Path, arm: Any, gone: set[str]) -> None:
     """Write the pool to ``staging``, read it back, and flush it to the disk."""
     if (folder / "README.md").is_file():
         shutil.copyfile(folder / "README.md", staging / "README.md")  # for what a user wrote there
+    for text in (folder / REPLAY).glob("*.jsonl"):  # which the card speaks of
+        if text.stem not in gone:
+            (staging / REPLAY).mkdir(exist_ok=True)
+            shutil.copyfile(text, staging / REPLAY / text.name)
     adapter = model.base_model.pool_name
     model.save_pretrained(staging, selected_adapters=[adapter])
     if adapter != "default":  # PEFT puts others into a folder of their name
         for path in (staging / adapter).iterdir():
             os.replace(path, staging / path.name)
         (staging / adapter).rmdir()
+        refresh_card(staging)
     if arm is not None:
         arm.save_replay(staging)
     read_back(staging / SAFETENSORS_WEIGHTS_NAME)
@@ -108,8 +129,8 @@ def read_back(path: Path) -> None:
                 )
 
 
-def publish(staging: Path, folder: Path, tasks: list[str]) -> None:
-    """Move what was staged to its place, the weights first; take away what belongs to an older state."""
+def publish(staging: Path, folder: Path, gone: set[str]) -> None:
+    """Move what was staged to its place, the weights first; take away what belongs to tasks that are ``gone``."""
     staged = {path.relative_to(staging) for path in files_in(staging)}
     first = [Path(SAFETENSORS_WEIGHTS_NAME), Path(CONFIG_NAME)]
     for path in [*first, *sorted(staged - set(first))]:
@@ -117,9 +138,8 @@ def publish(staging: Path, folder: Path, tasks: list[str]) -> None:
         os.replace(staging / path, folder / path)
     if Path(PICTURE) not in staged:
         (folder / PICTURE).unlink(missing_ok=True)
-    for text in (folder / REPLAY).glob("*.jsonl"):
-        if text.stem not in tasks:
-            text.unlink()
+    for name in gone:
+        (folder / REPLAY / f"{name}.jsonl").unlink(missing_ok=True)
     flush(folder)
 
 

@@ -260,7 +260,12 @@ class TaskPool(TaskNames):
 
     def refuse_bad_weights(self) -> None:
         """Raises [`TrainingError`] if the current task's block or key holds NaN or infinity."""
-        for key, tensor in self.task_state(self.current_task).items():
+        heads = {
+            key: p
+            for key, p in self.model.named_parameters()
+            if p.requires_grad and f".modules_to_save.{self.pool_name}." in key
+        }
+        for key, tensor in {**self.task_state(self.current_task), **heads}.items():
             if not bool(tensor.isfinite().all()):
                 raise TrainingError(
                     f"{key!r} of task {self.current_task!r} is not finite, so it is not committed: go back to an "

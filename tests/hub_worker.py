@@ -16,6 +16,7 @@ from tiny import build_pool, padded, tiny_llama, token_rows
 from transformers import Trainer, TrainingArguments
 
 from peft_sapt import ArmCallback
+from peft_sapt.errors import PickleError
 
 ROWS = [padded(token_rows([4, 5, 6], seed=seed)) for seed in range(3)]
 
@@ -63,6 +64,14 @@ def pull(repo: str, folder: Path) -> None:
     model = PeftModel.from_pretrained(base_of(folder), repo)
     keep(model, folder, "pulled")
     print(model.tasks)
+
+
+def refuse(repo: str, folder: Path) -> None:
+    """A repository whose weights are a pickle."""
+    try:
+        PeftModel.from_pretrained(base_of(folder), repo)
+    except PickleError as error:
+        print(error)
 
 
 def train(repo: str, folder: Path) -> None:

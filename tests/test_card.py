@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import struct
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import build_pool, padded, tiny_llama, token_rows
 
-from peft_sapt import SaptConfig, accept
+from peft_sapt import SaptConfig, accept, save_pool
 from peft_sapt.card import write_card
 from peft_sapt.card.write import BEGIN, END
 from peft_sapt.errors import OtherBaseError, SaptError, TaskError
@@ -267,3 +268,65 @@ def test_a_longer_vocabulary_is_the_same_base(tmp_path) -> None:
     base = build_pool("llama", ["a", "b"]).unload()
     base.resize_token_embeddings(120, mean_resizing=False)
     assert PeftModel.from_pretrained(base, tmp_path).tasks == ["a", "b"]
+
+
+def test_no_path_leaks_from_a_named_adapter_or_a_relative_base(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "clients" / "acme").mkdir(parents=True)
+    for path in (str(tmp_path / "clients" / "acme"), "clients/acme"):
+        model = build_pool("llama", ["a", "b"])
+        model.add_adapter("mine", model.peft_config["default"])
+        base = model.base_model.model
+        base.config._name_or_path = base.name_or_path = path
+        for save in (model.save_pretrained, partial(save_pool, model)):
+            model.set_adapter("mine")
+            folder = tmp_path / f"pool-{len(list(tmp_path.iterdir()))}"
+            save(folder)
+            refresh_card(folder)
+            for card in folder.rglob("README.md"):
+                text = card.read_text()
+                assert "clients/acme" not in text and str(tmp_path) not in text, card
+            monkeypatch.chdir(folder)  # where the path leads nowhere
+            refresh_card(".")
+            assert not (folder / "README.md").is_file() or "clients/acme" not in card_of(folder)
+            monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("names", [["x${y$", "b"], ["$%$", "a$b$"]])
+def test_odd_names_are_drawn(tmp_path, names: list[str]) -> None:
+    model = build_pool("llama", names)
+    batches = [padded(token_rows([4, 5, 6, 7]))]
+    model.commit_task(inputs=batches, replay=batches)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "attention.png").is_file()
+
+
+def test_a_base_with_scalars_heads_or_numbers_that_are_none(tmp_path) -> None:
+    """Learnable temperatures, and whatever a base may hold, never stand in the way of its own pool."""
+    model = build_pool("llama", ["a", "b"])
+    base = model.base_model.model
+    base.logit_scale = torch.nn.Parameter(torch.tensor(2.0))
+    with torch.no_grad():
+        base.model.norm.weight[0] = torch.nan
+        base.lm_head.weight[0, 0] = torch.inf
+    model.save_pretrained(tmp_path)
+    assert PeftModel.from_pretrained(model.unload(), tmp_path).tasks == ["a", "b"]
+
+
+def test_a_vocabulary_that_grew_before_the_pool_was_made(tmp_path) -> None:
+    """PEFT then stores the embeddings in the file; the base as it was downloaded has no such rows."""
+    from peft import get_peft_model
+
+    def resized():
+        torch.manual_seed(0)
+        base = tiny_llama()
+        base.resize_token_embeddings(120, mean_resizing=False)
+        return base
+
+    base = resized()
+    with torch.no_grad():
+        base.get_input_embeddings().weight[100:].normal_()  # learned since
+    get_peft_model(base, SaptConfig(task_type="CAUSAL_LM", tasks=["a"])).save_pretrained(
+        tmp_path, save_embedding_layers=True
+    )
+    assert PeftModel.from_pretrained(resized(), tmp_path).tasks == ["a"]

@@ -80,6 +80,10 @@ def test_a_pool_goes_to_the_hub_grows_and_comes_back(hub: Hub, tmp_path) -> None
     assert "Ask me." in text and text.count(END) == 1 and "<code>c</code>" in text
     assert "['a', 'b', 'c']" in work(hub, tmp_path, "pull") and same_logits(tmp_path)
 
+    files = hub.repos[REPO].files
+    files["adapter_model.bin"] = files.pop("adapter_model.safetensors")
+    assert "in a pickle, which can run code" in work(hub, tmp_path, "refuse")
+
 
 @pytest.mark.slow
 def test_the_trainer_pushes_the_pool(hub: Hub, tmp_path) -> None:

@@ -137,4 +137,4 @@ def test_a_wrong_folder_is_one_line(tmp_path) -> None:
     done = subprocess.run(
         [sys.executable, script, "--pool", str(tmp_path)], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 1 and "holds no adapter_config.json" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1 and "holds no pool" in done.stderr and "Traceback" not in done.stderr

@@ -58,18 +58,50 @@ def test_a_second_adapter_is_saved_as_a_pool_of_its_own(tmp_path) -> None:
         assert PeftModel.from_pretrained(pool().unload(), tmp_path).tasks == ["x", "y"]
 
 
-def test_texts_of_tasks_that_stay_are_kept(tmp_path) -> None:
-    class Arm:
-        def save_replay(self, folder) -> None:
-            (folder / "replay").mkdir()
-            (folder / "replay" / "b.jsonl").write_text("new\n")
+class Arm:
+    """Has drawn pseudo-samples of one task."""
 
+    def save_replay(self, folder) -> None:
+        (folder / "replay").mkdir(exist_ok=True)
+        (folder / "replay" / "b.jsonl").write_text("new\n")
+
+
+def test_texts_of_tasks_that_stay_are_kept(tmp_path) -> None:
+    save_pool(pool(3), tmp_path)
     (tmp_path / "replay").mkdir()
-    for name in "abc":
+    for name in ("a", "b", "c", "my_own_rows"):
         (tmp_path / "replay" / f"{name}.jsonl").write_text("old\n")
     save_pool(pool(2), tmp_path, Arm())
     found = {p.stem: p.read_text() for p in (tmp_path / "replay").iterdir()}
-    assert found == {"a": "old\n", "b": "new\n"}, "c is no longer in the pool"
+    assert found == {"a": "old\n", "b": "new\n", "my_own_rows": "old\n"}, "c alone is no longer in the pool"
+    save_pool(pool(2), tmp_path)
+    assert "`replay/` holds the text" in (tmp_path / "README.md").read_text(), (
+        "the texts are there, so the card says so"
+    )
+
+
+def test_a_writer_that_fails_leaves_what_another_has_just_written(tmp_path, monkeypatch) -> None:
+    """Both began when there was no folder."""
+    model, save = pool(3), pool(2).save_pretrained
+    target = tmp_path / "new"
+
+    def overtaken(folder, **kwargs) -> None:
+        save(target)  # the other one, which is done by now
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(model, "save_pretrained", overtaken)
+    with pytest.raises(SaveError, match="No space left"):
+        save_pool(model, target)
+    assert PeftModel.from_pretrained(pool().unload(), target).tasks == ["a", "b"]
+
+
+def test_a_damaged_pool_can_be_overwritten(tmp_path) -> None:
+    model = pool(2)
+    for save in (model.save_pretrained, lambda folder: save_pool(model, folder)):
+        model.save_pretrained(tmp_path)
+        (tmp_path / WEIGHTS).write_bytes(b"broken")
+        save(tmp_path)
+        assert PeftModel.from_pretrained(pool().unload(), tmp_path).tasks == ["a", "b"]
 
 
 def test_what_does_not_read_back_is_not_published(tmp_path, monkeypatch) -> None:

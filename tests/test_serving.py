@@ -65,7 +65,7 @@ def test_without_weights_the_base_model_answers(served: Served) -> None:
 
 
 def test_what_cannot_be_served_says_so(tmp_path, pool) -> None:
-    with pytest.raises(SaptError, match=r"no adapter_config.json"):
+    with pytest.raises(SaptError, match=r"holds no pool"):
         Served(tmp_path)
     config = json.loads((pool / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))

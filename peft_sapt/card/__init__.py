@@ -1,5 +1,5 @@
 """The model card of a pool, and the picture in it."""
 
-from .write import write_card
+from .write import clean_card, write_card
 
-__all__ = ["write_card"]
+__all__ = ["clean_card", "write_card"]

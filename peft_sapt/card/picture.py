@@ -20,8 +20,8 @@ def draw_matrix(axes: Any, names: list[str], rows: Any) -> Any:
     blank = [float("nan")] * len(names)
     image = axes.imshow([blank if row is None else list(row) for row in rows], vmin=0, vmax=1, cmap="Blues")
     labels = [name if len(name) <= 24 else f"{name[:23]}…" for name in names]
-    axes.set_xticks(range(len(names)), labels, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(names)), labels)
+    axes.set_xticks(range(len(names)), labels, rotation=45, ha="right", rotation_mode="anchor", parse_math=False)
+    axes.set_yticks(range(len(names)), labels, parse_math=False)
     axes.set_xlabel("block of the pool")
     for i, row in enumerate(rows):
         for j, weight in enumerate(row or []):

@@ -221,7 +221,12 @@ def code(text: Any) -> str:
 
 def is_hub_id(name: object) -> bool:
     """Whether ``name`` could be a model on the Hub; the Hub refuses cards whose base model is a local path."""
-    if not isinstance(name, str) or os.path.exists(name):
+    return is_hub_like(name) and not os.path.exists(str(name))
+
+
+def is_hub_like(name: object) -> bool:
+    """Whether ``name`` has the form of an id on the Hub; a relative path of two parts has it too."""
+    if not isinstance(name, str):
         return False
     try:
         validate_repo_id(name)

@@ -54,6 +54,18 @@ def write_card(folder: str | os.PathLike, config: dict[str, Any], repo_id: str |
     write_atomically(path, str(card).encode())
 
 
+def clean_card(path: Path, config: dict[str, Any]) -> None:
+    """Take a local path out of the front matter of PEFT's card at ``path``, if it is of this pool's base model."""
+    name = config.get("base_model_name_or_path")
+    if not path.is_file() or is_hub_id(name):
+        return
+    card = ModelCard(path.read_text(encoding="utf-8"))
+    theirs = os.path.normpath(str(card.data.get("base_model"))) == os.path.normpath(str(name))
+    if theirs and card.data.get("library_name") == "peft":
+        fill_front_matter(card.data, config)
+        write_atomically(path, str(card).encode())
+
+
 def draw(folder: Path, tasks: list[str], attention: list[Any] | None) -> bool:
     """Keep attention.png in step with ``attention``; whether there is such a picture."""
     if attention is None or not any(attention) or len(tasks) < 2 or not can_draw():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME
 
 from ..card import write_card
+from ..errors import SaptError
 from ..registration import NAME
 
 
@@ -39,7 +41,8 @@ def keep_card(model: Any) -> None:
 
 def update_and_refresh(model: PeftModel, output_dir: str) -> None:
     type(model).create_or_update_model_card(model, output_dir)
-    refresh_card(output_dir)
+    with suppress(SaptError, ValueError, KeyError):  # a damaged pool is there, which is about to be overwritten
+        refresh_card(output_dir)
 
 
 def refresh_and_upload(model: PeftModel, working_dir: Any, repo_id: str, *rest: Any, **more: Any) -> Any:

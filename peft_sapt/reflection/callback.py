@@ -16,6 +16,7 @@ from ..pool import sharding_of
 from .arm import Reflection
 from .checkpoints import mark, refuse_incomplete
 from .checks import check_arguments, check_task_of_rows, closed_form, isolated_rng, pool_of, warn_of_fast_attention
+from .loading import was_checked, watch_loading
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -71,6 +72,11 @@ class ArmCallback(Reflection, TrainerCallback):
         TrainingError: a loss, gradient or weight is NaN or infinite. CheckpointError: an incomplete checkpoint.
     """
 
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        watch_loading(kwargs.get("model"))
+
     # --- the Trainer's events -----------------------------------------------------------------------------------
 
     def on_train_begin(
@@ -86,8 +92,9 @@ class ArmCallback(Reflection, TrainerCallback):
         check_task_of_rows(loader.dataset, pool)
         self.check_pool(pool)
         warn_of_fast_attention(pool, kwargs.get("optimizer"))
-        if state.global_step:
-            refuse_incomplete(str(args.output_dir), state.global_step)
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        if state.global_step and not was_checked(model) and folder.is_dir():  # loaded by accelerate, say
+            refuse_incomplete(folder)
         self.guard.attach(model)
         self.take_prompts(pool, loader.dataset, loader.collate_fn)
         self.open_task(pool, model, self.seed_of(args, pool), resumed=state.global_step > 0)
@@ -111,7 +118,7 @@ class ArmCallback(Reflection, TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and folder.is_dir():
+        if args.should_save and folder.is_dir():
             mark(folder)
 
     def on_log(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 from ..errors import CheckpointError
@@ -16,13 +17,16 @@ from ..overrides import accepted
 
 MARKER = "sapt_complete.json"
 MAX_MARKER = 2**20
+LATER = re.compile(  # may still be written by other processes, or change without harm
+    rf"{re.escape(MARKER)}|rng_state_\d+\.pth|README\.md|attention\.png"
+)
 
 
 def mark(folder: str | os.PathLike) -> None:
     """Say that everything that is in the checkpoint ``folder`` now is all of it."""
     folder = Path(folder)
-    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
-    sizes.pop(MARKER, None)
+    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    sizes = {path.name: path.stat().st_size for path in files if not LATER.fullmatch(path.name)}
     write_atomically(folder / MARKER, (json.dumps(sizes, indent=1) + "\n").encode())
 
 
@@ -61,18 +65,17 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
     return next((str(path) for path in reversed(checkpoints_in(output_dir)) if fault_of(path) is None), None)
 
 
-def refuse_incomplete(output_dir: str | os.PathLike, step: int) -> None:
-    """Check the checkpoint of ``step`` in ``output_dir``, if it is there, from which a Trainer goes on.
+def refuse_incomplete(folder: str | os.PathLike) -> None:
+    """Check the checkpoint in ``folder``, from which a Trainer goes on.
 
     Raises:
         CheckpointError: it was not written to its end.
     """
-    folder = Path(output_dir) / f"checkpoint-{step}"
-    fault = fault_of(folder) if folder.is_dir() else None
+    fault = fault_of(folder)
     if fault is not None and not accepted("unmarked_checkpoint"):
-        better = last_complete_checkpoint(output_dir)
-        cure = f"resume from {better}" if better is not None else "there is no complete one, so begin anew"
+        better = last_complete_checkpoint(Path(folder).parent)
+        cure = f"resume from {better}" if better is not None else "there is no complete one beside it, so begin anew"
         raise CheckpointError(
-            f"{folder} is incomplete: {fault}. Delete it, and {cure} "
-            "(trainer.train(resume_from_checkpoint=peft_sapt.last_complete_checkpoint(output_dir)))."
+            f"{folder} is incomplete: {fault}. Do not use it: {cure} (peft_sapt.last_complete_checkpoint(output_dir) "
+            "finds one). `with peft_sapt.accept('unmarked_checkpoint'):` goes on from it all the same."
         )

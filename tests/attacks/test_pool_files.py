@@ -28,6 +28,7 @@ from peft_sapt.errors import (
     PickleError,
     PoolFormatError,
     SaptError,
+    TrainingError,
     TruncatedFileError,
     UnknownTensorError,
     UnsafeNameError,
@@ -174,6 +175,42 @@ def test_each_can_be_accepted_by_its_name_and_by_no_other(folder: Path, damage, 
     with accept(name), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert load(folder).tasks == ["a", "b", "c"]
+
+
+def head_pool() -> PeftModel:
+    return build_pool("llama", ["a"], modules_to_save=["lm_head"])
+
+
+@pytest.mark.parametrize("damage", ["changed", "nan"])
+def test_a_head_is_checked_like_a_block(tmp_path, damage: str) -> None:
+    head_pool().save_pretrained(tmp_path)
+
+    def change(tensors: dict) -> None:
+        tensors["base_model.model.lm_head.weight"][0, 0] = 7.0 if damage == "changed" else torch.nan
+
+    rewritten(tmp_path, change)
+    with pytest.raises(ChangedTensorError, match="lm_head"):
+        PeftModel.from_pretrained(head_pool().unload(), tmp_path)
+    with (
+        accept("changed_tensors"),
+        pytest.raises(NonFiniteError, match="lm_head") if damage == "nan" else warnings.catch_warnings(),
+    ):
+        PeftModel.from_pretrained(head_pool().unload(), tmp_path)
+
+
+def test_a_head_that_is_not_finite_is_not_committed() -> None:
+    model = head_pool()
+    with torch.no_grad():
+        model.get_base_model().lm_head.modules_to_save["default"].weight[0] = torch.nan
+    with pytest.raises(TrainingError, match="lm_head"):
+        model.commit_task(inputs=[padded(token_rows([4]))])
+
+
+def test_a_number_without_end_in_a_manifest(folder: Path) -> None:
+    text = json.dumps({"format_version": 2, "x": 1}).replace("1}", "9" * 5000 + "}")
+    rewritten(folder, lambda t: t.update({KEY: torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).clone()}))
+    with pytest.raises(PoolFormatError, match="not JSON"):
+        load(folder)
 
 
 # --- code ------------------------------------------------------------------------------------------------------------
