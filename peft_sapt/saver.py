@@ -20,9 +20,10 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 
 from .card.write import PICTURE
-from .errors import ChangedTensorError, PoolFormatError, SaveError
+from .errors import ChangedTensorError, PoolFormatError, SaveError, TaskError
 from .hub import refresh_card
 from .manifest import digest, is_manifest, manifest_of, plain_name, read_manifest
+from .validation import check_task_name
 from .weights_file import opened
 
 LOCK, STAGING, REPLAY = ".peft-sapt.lock", ".saving-", "replay"
@@ -80,10 +81,14 @@ def save_pool(model: Any, folder: str | os.PathLike, arm: Any = None, timeout: f
 
 
 def tasks_in(folder: Path) -> set[str]:
-    """Tasks of the pool that is saved in ``folder``; none if there is no readable one."""
+    """Tasks of the pool that is saved in ``folder``; none if there is no readable one.
+
+    Whoever made that file, only what can name a task comes back: files are taken away by these names.
+    """
     try:
-        return set((manifest_of(folder / SAFETENSORS_WEIGHTS_NAME) or {}).get("tasks") or [])
-    except PoolFormatError:
+        listed = (manifest_of(folder / SAFETENSORS_WEIGHTS_NAME) or {}).get("tasks")
+        return {check_task_name(name) for name in listed} if isinstance(listed, list) else set()
+    except (PoolFormatError, TaskError):
         return set()
 
 
@@ -97,10 +102,10 @@ def take_away_if_empty(folder: Path) -> None:
 
 def stage(model: Any, folder: Path, staging: Path, arm: Any, gone: set[str]) -> None:
     """Write the pool to ``staging``, read it back, and flush it to the disk."""
-    if (folder / "README.md").is_file():
+    if is_own_file(folder / "README.md"):
         shutil.copyfile(folder / "README.md", staging / "README.md")  # for what a user wrote there
     for text in (folder / REPLAY).glob("*.jsonl"):  # which the card speaks of
-        if text.stem not in gone:
+        if text.stem not in gone and is_own_file(text):
             (staging / REPLAY).mkdir(exist_ok=True)
             shutil.copyfile(text, staging / REPLAY / text.name)
     adapter = model.base_model.pool_name
@@ -115,6 +120,11 @@ def stage(model: Any, folder: Path, staging: Path, arm: Any, gone: set[str]) -> 
     read_back(staging / SAFETENSORS_WEIGHTS_NAME)
     for path in [*files_in(staging), staging]:
         flush(path)
+
+
+def is_own_file(path: Path) -> bool:
+    """Whether ``path`` is a file and no link, whose target, whatever it is, would become a part of the pool."""
+    return path.is_file() and not path.is_symlink()
 
 
 def read_back(path: Path) -> None:

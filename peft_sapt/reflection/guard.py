@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import TrainingError
 
 ROWS, TOKENS = 4, 12  # of a batch, shown in the message
+KEPT = 256  # micro-batches between two steps that are looked at
 
 
 class Guard:
@@ -21,7 +23,7 @@ class Guard:
     """
 
     def __init__(self) -> None:
-        self.seen: list[tuple[Tensor | None, Tensor | None]] = []
+        self.seen: deque[tuple[Tensor | None, Tensor | None]] = deque(maxlen=KEPT)
         self.handle: Any = None
 
     def attach(self, model: nn.Module) -> None:
@@ -33,7 +35,8 @@ class Guard:
         """Watch no more."""
         if self.handle is not None:
             self.handle.remove()
-        self.handle, self.seen = None, []
+        self.handle = None
+        self.seen.clear()
 
     def note(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """A forward hook; it changes nothing."""
@@ -51,11 +54,13 @@ class Guard:
             TrainingError: a loss, a gradient, or a weight is NaN or infinite.
         """
         trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad and p.grad is not None]
-        seen, self.seen = self.seen, []
+        seen = list(self.seen)
+        self.seen.clear()
         losses = [loss for loss, _ in seen if loss is not None]
         found = finite([*losses, *(p for _, p in trained), *([] if scaled else [p.grad for _, p in trained])])
         if agreed(found):
             return
+        self.detach()
         raise TrainingError(
             f"Task {task!r}, step {step}: {culprit(seen, trained)}. The step was not taken, so weights are those of "
             f"step {step - 1}. Lower the learning rate, or look at these rows."

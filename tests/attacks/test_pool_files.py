@@ -267,6 +267,29 @@ def test_writing_over_a_link_leaves_what_it_points_to(tmp_path) -> None:
     assert secret.read_text() == "mine" and not (target / WEIGHTS).is_symlink()
 
 
+def test_what_an_old_manifest_names_is_not_taken_away_elsewhere(folder: Path) -> None:
+    """Saving over a pool of a stranger's removes the texts of its tasks, by names that its file has."""
+    secret = folder.parent / "secret.jsonl"
+    secret.write_text("mine")
+    (folder / "replay").mkdir()
+    for names in (["../../secret", "a"], [["x"]], "abc", [3]):
+        rewritten(folder, lambda t, n=names: t.update({KEY: write_manifest({**read_manifest(t[KEY]), "tasks": n})}))
+        save_pool(committed_pool(), folder)
+        assert secret.read_text() == "mine"
+
+
+def test_links_do_not_become_part_of_a_pool(folder: Path) -> None:
+    secret = folder.parent / "secret"
+    secret.write_text("mine")
+    (folder / "replay").mkdir()
+    (folder / "replay" / "a.jsonl").symlink_to(secret)
+    (folder / "README.md").unlink()
+    (folder / "README.md").symlink_to(secret)
+    save_pool(committed_pool(), folder)
+    assert not (folder / "README.md").is_symlink() and "mine" not in (folder / "README.md").read_text()
+    assert (folder / "replay" / "a.jsonl").is_symlink(), "it is left as it was, and never read"
+
+
 def test_a_link_is_not_pushed(folder: Path) -> None:
     secret = folder.parent / "secret"
     secret.write_text("mine")
