@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import resource
 import time
 
 import numpy as np
@@ -21,10 +20,11 @@ SLACK = 24 * 2**20  # bytes that an allocator may keep
 
 
 def resident() -> int:
-    """Bytes of this process in memory now."""
+    """Bytes that this process has allocated and touched; pages of libraries come and go as the system likes."""
     gc.collect()
-    with open("/proc/self/statm") as stream:
-        return int(stream.read().split()[1]) * resource.getpagesize()
+    with open("/proc/self/status") as stream:
+        values = dict(line.split(":", 1) for line in stream)
+    return sum(int(values[name].split()[0]) for name in ("RssAnon", "VmSwap")) * 1024
 
 
 def first_pool(router: str):

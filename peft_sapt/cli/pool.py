@@ -7,12 +7,11 @@ from typing import Any
 
 import click
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import PoolFormatError
 from ..manifest import digest, is_manifest, plain_name, read_manifest
+from ..weights_file import opened
 from .pool_edit import export, import_, remove
 
 
@@ -89,10 +88,8 @@ def read_pool(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     path = folder / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
         raise PoolFormatError(f"{folder} holds no {SAFETENSORS_WEIGHTS_NAME}: give the folder of a saved pool.")
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise PoolFormatError(f"{path} is not a safetensors file: {error}.") from error
+    with opened(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     names = [name for name in tensors if is_manifest(name)]
     if len(names) != 1:
         raise PoolFormatError(f"{path} has no pool's manifest: it is not a pool of peft-sapt.")
