@@ -1,9 +1,10 @@
-"""Chat with a pool in the terminal; each answer says which tasks gave it.
+r"""Chat with a pool in the terminal; each answer says which tasks gave it.
 
-    python examples/chat.py --pool quickstart-out/pool
+    python examples/chat.py --pool quickstart-out/pool --wrap '{}\nOutput:'
 
-The first turn decides the mixture, and the cache holds it for the whole conversation. `/task NAME` asks one task by
-name, `/auto` goes back to the attention, `/new` begins a new conversation, `/quit` ends.
+A prompt is told by its wording, so write it as in training: `--wrap` says how; without it lines go through the chat
+template. The first turn decides the mixture, and the cache holds it for the whole conversation. `/task NAME` asks one
+task by name, `/auto` goes back to the attention, `/new` begins a new conversation, `/quit` ends.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from peft_sapt.errors import SaptError
 class Conversation:
     """Turns on one KV cache, which carries the weights of its first prompt."""
 
-    def __init__(self, served: Served, max_new_tokens: int) -> None:
-        self.served, self.max_new_tokens = served, max_new_tokens
+    def __init__(self, served: Served, max_new_tokens: int, wrap: str | None = None) -> None:
+        self.served, self.max_new_tokens, self.wrap = served, max_new_tokens, wrap
         self.task: str | None = None
         self.begin()
 
@@ -38,6 +39,9 @@ class Conversation:
     def text(self) -> str:
         """The conversation so far as the model reads it."""
         tokenizer = self.served.tokenizer
+        if self.wrap is not None:
+            asked = [self.wrap.format(t["content"]) if t["role"] == "user" else t["content"] for t in self.turns]
+            return "\n".join(asked)
         if tokenizer.chat_template is not None:
             return tokenizer.apply_chat_template(self.turns, tokenize=False, add_generation_prompt=True)
         return "\n".join(turn["content"] for turn in self.turns) + "\n"
@@ -99,6 +103,7 @@ def main() -> int:
     parser.add_argument("--pool", type=Path, default=Path("quickstart-out/pool"), help="folder of a saved pool")
     parser.add_argument("--model", help="base model, in place of the one that the pool names")
     parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--wrap", help=r"how a line is written in place of the chat template, such as '{}\nOutput:'")
     parser.add_argument("--say", action="append", default=[], help="a line, in place of the keyboard; repeat it")
     args = parser.parse_args()
     try:
@@ -106,7 +111,8 @@ def main() -> int:
     except SaptError as error:
         print(error, file=sys.stderr)
         return 1
-    talk = Conversation(served, args.max_new_tokens)
+    wrap = None if args.wrap is None else args.wrap.replace("\\n", "\n")
+    talk = Conversation(served, args.max_new_tokens, wrap)
     print(f"Tasks: {', '.join(served.tasks)}. /task NAME, /auto, /new, /quit.")
     for line in lines_from(args.say):
         if line.startswith("/"):

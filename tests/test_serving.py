@@ -100,6 +100,15 @@ def test_a_conversation_keeps_the_weights_of_its_first_turn(pool: Path, template
     assert answer.split() == again.split()
 
 
+def test_lines_are_written_as_in_training(pool: Path, capsys, monkeypatch) -> None:
+    talk = chat.Conversation(Served(pool), 3, wrap="{} w5\nw6")
+    talk.say("w20 w21")
+    assert talk.text().startswith("w20 w21 w5\nw6")
+    prompt = " ".join(prompt_of("b").split()[:-1])
+    monkeypatch.setattr(sys, "argv", ["chat", "--pool", str(pool), "--wrap", "{}\\nw5", "--say", prompt])
+    assert chat.main() == 0 and "[b " in capsys.readouterr().out
+
+
 def test_chat_commands(pool: Path, capsys, monkeypatch) -> None:
     lines = ["/task b", prompt_of("a"), "/auto", prompt_of("a"), "/nonsense"]
     monkeypatch.setattr(sys, "argv", ["chat", "--pool", str(pool), "--max-new-tokens", "3",
