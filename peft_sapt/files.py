@@ -18,6 +18,14 @@ def umask_mode() -> int:
     return 0o666 & ~mask
 
 
+def read_bounded(path: str | os.PathLike, limit: int = 64 * 2**20) -> str:
+    """The UTF-8 text of a file; raises ValueError if it has more than ``limit`` bytes or is no text."""
+    size = os.path.getsize(path)
+    if size > limit:
+        raise ValueError(f"it has {size} bytes, more than the {limit} that are read")
+    return Path(path).read_text(encoding="utf-8")
+
+
 def write_atomically(path: str | os.PathLike, data: bytes) -> None:
     """Write ``data`` to ``path`` through a temporary file in the same folder, fsync and rename.
 

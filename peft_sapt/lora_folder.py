@@ -15,7 +15,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from .errors import LoraFolderError
-from .files import config_text, write_atomically
+from .files import config_text, read_bounded, write_atomically
 
 MAX_ALPHA = 1e9  # far beyond any in use; larger ones overflow float32 with the factors
 KEY = "base_model.model.{module}.{part}.weight"
@@ -129,7 +129,7 @@ def holds_a_pool(path: Path) -> bool:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(read_bounded(path))
     except FileNotFoundError:
         raise LoraFolderError(f"{path} is missing: give the folder of a saved LoRA adapter.") from None
     except (RecursionError, ValueError) as error:  # not JSON, not UTF-8, nested without end, a number without end

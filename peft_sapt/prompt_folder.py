@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .config import SaptConfig
 from .errors import PromptFolderError
-from .files import config_text, write_atomically
+from .files import config_text, read_bounded, write_atomically
 from .lora_folder import holds_a_pool
 
 KEY = "prompt_embeddings"
@@ -54,7 +54,7 @@ def read_prompt(folder: str | os.PathLike, length: int, width: int) -> Tensor:
     """
     path, weights = Path(folder) / CONFIG_NAME, Path(folder) / SAFETENSORS_WEIGHTS_NAME
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(read_bounded(path))
     except (OSError, RecursionError, ValueError) as error:
         raise PromptFolderError(f"{path} cannot be read ({error}): give the folder of a saved soft prompt.") from error
     kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import StreamError
-from ..files import write_atomically
+from ..files import read_bounded, write_atomically
 from .grid import Run, text_of
 from .methods import LABELS, alone_of
 from .metrics import average_performance, backward_transfer, forgetting_rate, forward_transfer
@@ -35,7 +35,7 @@ def load_runs(folder: Path) -> list[Result]:
         if path.name == NAME:
             continue
         try:
-            result = with_nan(json.loads(path.read_text(encoding="utf-8")))
+            result = with_nan(json.loads(read_bounded(path)))
             key = (list(LABELS).index(result["method"]), result["order"], result["seed"])
             if np.asarray(result["matrix"], dtype=float).shape != (len(result["tasks"]),) * 2:
                 raise ValueError("its matrix does not fit its tasks")
@@ -131,7 +131,7 @@ def write_results(folder: Path, runs: list[Run]) -> Path | None:
     paths = [run.path(folder) for run in runs]
     if not all(path.exists() for path in paths):
         return None
-    found = [with_nan(json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+    found = [with_nan(json.loads(read_bounded(path))) for path in paths]
     provenance = {path.name: result.pop("provenance") for path, result in zip(paths, found, strict=True)}
     written = {
         "benchmark": runs[0].benchmark,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ReflectionError
-from ..files import write_atomically
+from ..files import read_bounded, write_atomically
 from .generator import TASK
 from .processes import is_first_process
 
@@ -48,7 +48,7 @@ def read_drawing(folder: str | os.PathLike) -> Drawing:
     """
     path = Path(folder) / FILE
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_bounded(path))
         drawing = Drawing(**values)
     except FileNotFoundError:
         raise ReflectionError(

@@ -327,3 +327,18 @@ def test_a_header_that_lies_about_offsets(folder: Path) -> None:
     with pytest.raises(TruncatedFileError, match="was cut short"):
         load(folder)
     assert padded(token_rows([2]))
+
+
+def test_no_json_of_any_size_is_read(tmp_path) -> None:
+    """A file of 65 MiB, sparse: its size is looked at before its content."""
+    from peft_sapt.continual.results import load_runs
+    from peft_sapt.lora_folder import read_lora
+    from peft_sapt.prompt_folder import read_prompt
+    from peft_sapt.reflection.stored import read_drawing
+
+    for name in (CONFIG, "generator.json", "sapt.listed.0.json"):
+        with open(tmp_path / name, "wb") as stream:
+            stream.truncate(65 * 2**20)
+    for read in (read_lora, lambda f: read_prompt(f, 1, 1), read_drawing, load_runs):
+        with pytest.raises(SaptError, match="more than the 67108864 that are read"):
+            read(tmp_path)
