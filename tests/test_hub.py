@@ -187,7 +187,7 @@ def test_the_command_reports_what_it_sent(hub: Hub, tmp_path, online, monkeypatc
         assert run.exit_code == 1 and "http://127.0.0.1:9 cannot be reached" in run.output
     (folder / "adapter_model.safetensors").write_bytes(b"broken")
     run = CliRunner().invoke(main, ["pool", "push", str(folder), REPO])
-    assert run.exit_code == 1 and "not a safetensors file" in run.output
+    assert run.exit_code == 1 and "too few for a safetensors file" in run.output
 
 
 def test_a_folder_without_a_pool_is_not_pushed(hub: Hub, tmp_path) -> None:
