@@ -9,13 +9,11 @@ task by name, `/auto` goes back to the attention, `/new` begins a new conversati
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
-from serving import Served
+from serving import Served, pool_parser
 from transformers import DynamicCache
 
 from peft_sapt.errors import SaptError
@@ -99,9 +97,7 @@ def lines_from(given: list[str]) -> Iterable[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pool", type=Path, default=Path("quickstart-out/pool"), help="folder of a saved pool")
-    parser.add_argument("--model", help="base model, in place of the one that the pool names")
+    parser = pool_parser(__doc__.splitlines()[0])
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--wrap", help=r"how a line is written in place of the chat template, such as '{}\nOutput:'")
     parser.add_argument("--say", action="append", default=[], help="a line, in place of the keyboard; repeat it")

@@ -5,7 +5,6 @@ python examples/quickstart.py && python examples/serve_gradio.py --pool quicksta
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
-from serving import Served, example_prompts
+from serving import Served, example_prompts, pool_parser
 
 from peft_sapt.errors import SaptError
 
@@ -68,9 +67,7 @@ def build(served: Served, pool: Path) -> gr.Blocks:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pool", type=Path, default=Path("quickstart-out/pool"), help="folder of a saved pool")
-    parser.add_argument("--model", help="base model, in place of the one that the pool names")
+    parser = pool_parser(__doc__.splitlines()[0])
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets others in")
     parser.add_argument("--port", type=int, default=7860)
     args = parser.parse_args()

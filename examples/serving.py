@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import time
@@ -88,6 +89,14 @@ class Served:
         new = tokens if self.model.config.is_encoder_decoder else tokens[:, inputs["input_ids"].shape[1] :]
         text = self.tokenizer.decode(new[0], skip_special_tokens=True).strip()
         return Answer(text, dict(weights or {}), time.perf_counter() - begun)
+
+
+def pool_parser(description: str) -> argparse.ArgumentParser:
+    """A parser that knows which pool to serve, on which base model."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--pool", type=Path, default=Path("quickstart-out/pool"), help="folder of a saved pool")
+    parser.add_argument("--model", help="base model, in place of the one that the pool names")
+    return parser
 
 
 def named_base(pool: str | Path) -> str:

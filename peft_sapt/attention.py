@@ -44,6 +44,12 @@ def query_of(pooled: Tensor, down: Tensor, up: Tensor, norm: Tensor, bias: Tenso
     return F.layer_norm(x, norm.shape, norm, bias, LAYER_NORM_EPS)
 
 
+def key_log_weights(q: Tensor, keys: Tensor, temperature: float) -> Tensor:
+    """Log of softmax_t(k_t . q / (temperature * sqrt(d))) (SAPT, Eq. 2): q [..., d], keys [T, d] -> [..., T]."""
+    scores = q @ keys.T / (temperature * math.sqrt(keys.shape[-1]))
+    return F.log_softmax(scores.float(), dim=-1)
+
+
 class SharedAttention(ClosedForm, FreePoolModule):
     """Query projection and keys of every pool on one base model, with what ARM needs to keep of old tasks.
 
@@ -143,8 +149,7 @@ class SharedAttention(ClosedForm, FreePoolModule):
         with torch.autocast(device_type=pooled.device.type, enabled=False):
             q = self.query(pooled, adapter)  # [..., d]
             keys = self.keys(adapter).to(q.dtype)  # [T, d]
-            scores = q @ keys.T / (config.temperature * math.sqrt(keys.shape[-1]))
-            return F.log_softmax(scores.float(), dim=-1)
+            return key_log_weights(q, keys, config.temperature)
 
     def targets(self, adapter: str) -> Tensor:
         """Mean attention of each task over its own inputs at its commit, [T, T]; a view unless sharded."""

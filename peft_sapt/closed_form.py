@@ -99,10 +99,7 @@ class ClosedForm:
 
     def closed_log_weights(self, adapter: str, pooled: Tensor) -> Tensor:
         """Log of softmax(scores / temperature) over the tasks that the router has seen, float32; uniform if none."""
-        unknown = self.means(adapter)[:, -1] == 0  # [T]
-        scores = self.scores(adapter, pooled) / self.temperature(adapter)
-        scores = scores.masked_fill(unknown & ~unknown.all(), -torch.inf)
-        return F.log_softmax(scores, dim=-1).float()
+        return score_log_weights(self.scores(adapter, pooled), self.means(adapter), self.temperature(adapter))
 
     def is_far(self, adapter: str, pooled: Tensor) -> Tensor | None:
         """Rows [B] whose best score is below ``SaptConfig.fallback``, which the base model is to answer."""
@@ -115,3 +112,10 @@ def softmax_temperature(calibrated: Tensor) -> Tensor:
     every = calibrated.flatten()
     found = ridge.common_temperature(every, len(every))
     return every.new_tensor(UNCALIBRATED, dtype=torch.float64) if found is None else found
+
+
+def score_log_weights(scores: Tensor, means: Tensor, temperature: Tensor) -> Tensor:
+    """Log of softmax(scores [..., T] / temperature) over the tasks whose means [T, d + 1] are not zero, float32."""
+    unknown = means[:, -1] == 0  # [T]
+    scores = (scores / temperature).masked_fill(unknown & ~unknown.all(), -torch.inf)
+    return F.log_softmax(scores, dim=-1).float()

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from .attention import query_of
-from .closed_form import softmax_temperature
+from .attention import key_log_weights, query_of
+from .closed_form import score_log_weights, softmax_temperature
 from .config import SaptConfig
 
 MAX_TASKS = 50  # beyond which nobody reads the matrix, and its T^2 numbers would outgrow what they describe
@@ -41,14 +39,15 @@ def stored_attention(config: SaptConfig, tensors: dict[str, Tensor]) -> list[lis
     down, up, norm = (parts[name] for name in ("sapt_query_down", "sapt_query_up", "sapt_query_norm"))
     bias = next(t for name, t in own.items() if name.endswith("sapt_query_norm.bias"))
     q = query_of(replay, down, up, norm, bias, config.query_activation == "between")  # [N, d]
-    w = (q @ keys.T / (config.temperature * math.sqrt(keys.shape[-1]))).softmax(dim=-1)  # [N, T]
+    w = key_log_weights(q, keys, config.temperature).exp()  # [N, T]
     return [rounded(rows.mean(dim=0)) if len(rows) else None for rows in w.split(counts)]
 
 
 def closed_rows(means: Tensor, solved: Tensor, temperatures: Tensor) -> list[list[float] | None]:
+    """Weights of the mean prompt of each task, None for a task that the router has not seen."""
     seen = means[:, -1] != 0  # [T]
-    scores = means.double() @ solved.double().mT / softmax_temperature(temperatures)  # [T, T]
-    w = scores.masked_fill(~seen & bool(seen.any()), -torch.inf).softmax(dim=-1)
+    scores = means.double() @ solved.double().mT  # [T, T]
+    w = score_log_weights(scores, means, softmax_temperature(temperatures)).exp()
     return [rounded(row) if known else None for row, known in zip(w, seen.tolist(), strict=True)]
 
 

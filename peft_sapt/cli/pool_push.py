@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from ..errors import SaptError
 from ..hub import push_folder
-from .pool import verified
+from .pool_file import verified
 
 
 @click.command("push")

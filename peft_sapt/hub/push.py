@@ -81,9 +81,8 @@ def files_of(hub: HfApi, repo_id: str) -> Iterable[RepoFile]:
 def refuse_link_outside(path: Path, folder: Path) -> None:
     """Raises [`PoolFormatError`] if ``path`` is a link to what is neither in ``folder`` nor in a cache of the Hub."""
     target, root = path.resolve(), folder.resolve()
-    above = next(
-        (path.parent for path in [root, *root.parents] if path.name == "snapshots"), None
-    )  # in the Hub's cache
+    # the Hub's cache has snapshots/<revision>/... as links into blobs/ beside it
+    above = next((path.parent for path in [root, *root.parents] if path.name == "snapshots"), None)
     cache = root if above is None else above / "blobs"
     if not target.is_relative_to(root) and not target.is_relative_to(cache):
         raise PoolFormatError(f"{path} is a link to {target}, outside of the pool's folder: it is not pushed.")
