@@ -14,18 +14,19 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from benching import alternate, quartiles, table
+from benching import alternate, quartiles, table, timed, where
 from peft import ArrowConfig, LoraConfig, XLoraConfig, create_arrow_model, get_peft_model
+from random_models import SIZES, random_model
 from torch import Tensor
 
 from peft_sapt import SaptConfig
-from peft_sapt.continual.base import load_base
+from peft_sapt.continual.base import best_device, load_base
 from peft_sapt.layer import SaptLayer
 from peft_sapt.ops.bound import block_norms, dropped_bound
 
@@ -33,8 +34,9 @@ RECORDED = Path(__file__).parent / "results" / "attention_long_sequence.json"
 
 
 def prompts(base: Callable, rows: int, length: int) -> Tensor:
-    """Random token ids [rows, length]."""
-    return torch.randint(4, base().config.vocab_size, (rows, length))
+    """Random token ids [rows, length], where the model is."""
+    model = base()
+    return torch.randint(4, model.config.vocab_size, (rows, length)).to(model.device)
 
 
 def pool_of(base: Callable, count: int, **config) -> torch.nn.Module:
@@ -57,10 +59,11 @@ def compare(args: argparse.Namespace, base: Callable) -> dict:
         arrow = create_arrow_model(base(), paths, ArrowConfig(top_k=args.tasks)).eval()
         xlora = xlora_model(base(), paths) if args.slow_rounds else None
     print(f"T = {args.tasks}, r = {args.rank}, {args.batch} rows of {args.prompt} tokens, {args.new} new tokens, "
-          f"{torch.get_num_threads()} threads")  # fmt: skip
+          f"{args.model}, {args.dtype}, {where()}")  # fmt: skip
     runs = {
         "plain LoRA": lambda: plain.generate(**inputs, **settings),
         "pool": lambda: pool.generate(**inputs, **settings),
+        **{f"pool, kernel {k}": with_kernel(k, lambda: pool.generate(**inputs, **settings)) for k in args.kernels},
         "pool, one task by name": lambda: pool.generate(**inputs, **settings, sapt_task=pool.tasks[0]),
         "Arrow": lambda: arrow.generate(**inputs, **settings),
     }
@@ -75,6 +78,19 @@ def compare(args: argparse.Namespace, base: Callable) -> dict:
         found["slow"] = alternate(slow, args.slow_rounds, warmup=0)
         show_rates(found["slow"], args.batch * args.new)
     return found
+
+
+def with_kernel(name: str, run: Callable[[], object]) -> Callable[[], None]:
+    """``run`` with another implementation of the op."""
+
+    def other() -> None:
+        os.environ["PEFT_SAPT_KERNEL"] = name
+        try:
+            run()
+        finally:
+            del os.environ["PEFT_SAPT_KERNEL"]
+
+    return other
 
 
 def xlora_model(base: torch.nn.Module, paths: list[str]) -> torch.nn.Module:
@@ -151,7 +167,8 @@ def long_pools(args: argparse.Namespace, base: Callable) -> dict:
     print("exact, " + fitted(medians))
     for count, pool in pools.items():
         layer = next(m for m in pool.modules() if isinstance(m, SaptLayer))
-        parts = [layer.parts(name, "default", [args.rank] * count) for name in ("sapt_A", "sapt_B")]
+        parts = [[part.cpu() for part in layer.parts(name, "default", [args.rank] * count)]
+                 for name in ("sapt_A", "sapt_B")]  # fmt: skip
         dropped = weights[count] < args.min_weight
         scale = pool.peft_config["default"].scalings
         bound = dropped_bound(weights[count], dropped, block_norms(*parts), scale)
@@ -174,9 +191,7 @@ def steps(args: argparse.Namespace, base: Callable) -> dict:
         state = sum(p.numel() * p.element_size() for n, p in pool.named_parameters() if ".sapt_" in n)
         seconds = []
         for _ in range(args.rounds):
-            begun = time.perf_counter()
-            pool(input_ids=ids, labels=labels).loss.backward()
-            seconds.append(time.perf_counter() - begun)
+            seconds.append(timed(lambda pool=pool: pool(input_ids=ids, labels=labels).loss.backward()))
         found[count] = sorted(seconds)[len(seconds) // 2]
         rows.append([str(count), f"{state / 1e6:.0f}", f"{found[count]:.2f}"])
         del pool
@@ -194,7 +209,11 @@ def fitted(seconds: dict[int, float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--model", default="smollm2", help=f"smollm2, a Hub id or folder, or one of {list(SIZES)}")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base model")
+    parser.add_argument(
+        "--kernels", nargs="*", default=[], help="implementations of the op to compare, as torch triton"
+    )
     parser.add_argument("--cache", type=Path, default=Path("cache"))
     parser.add_argument("--tasks", type=int, default=15)
     parser.add_argument("--rank", type=int, default=4)
@@ -208,7 +227,10 @@ def main() -> None:
     parser.add_argument("--min-weight", type=float, default=0.01)
     parser.add_argument("--json", type=Path, help="write all times here")
     args = parser.parse_args()
-    loaded, _ = load_base(args.model, args.cache)
+    if args.model in SIZES:
+        loaded = random_model(args.model, getattr(torch, args.dtype), best_device()).eval()
+    else:
+        loaded, _ = load_base(args.model, args.cache, getattr(torch, args.dtype))
 
     def base() -> torch.nn.Module:
         return copy.deepcopy(loaded)

@@ -2,9 +2,11 @@
 
     python examples/bench_step.py                # T5-small's size, 8 x 128 source and 16 target tokens, T = 15 and 50
     python examples/bench_step.py --json step.json
+    python examples/bench_step.py --model llama-1b --dtype bfloat16 --source 496       # on a GPU
 
 All variants run in one process, one after another in every round, on the same batch; a ratio is the median over rounds
-of the variant's time over plain LoRA's in the same round, with the quartiles. Blocks are random and non-zero.
+of the variant's time over plain LoRA's in the same round, with the quartiles. Blocks are random and non-zero. In
+bfloat16 a step runs under autocast, as with the Trainer's ``bf16=True``: the base is bfloat16, blocks are float32.
 """
 
 from __future__ import annotations
@@ -16,24 +18,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from benching import alternate, quartiles, saved_bytes, table
+from benching import alternate, quartiles, saved_bytes, table, where
 from peers import naive_sum
 from peft import LoraConfig, get_peft_model
+from random_models import SIZES, random_model
 from torch import Tensor, nn
-from transformers import T5Config, T5ForConditionalGeneration
 
 from peft_sapt import SaptConfig
 from peft_sapt.layer import SaptLayer
-
-
-def t5_small(seed: int = 0) -> nn.Module:
-    """T5-small's architecture with random weights: six layers each side, width 512, eight heads."""
-    torch.manual_seed(seed)
-    config = T5Config(
-        vocab_size=32128, d_model=512, d_kv=64, d_ff=2048, num_layers=6, num_decoder_layers=6, num_heads=8,
-        dropout_rate=0.0, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
-    )  # fmt: skip
-    return T5ForConditionalGeneration(config)
 
 
 class NaiveLayer(nn.Module):
@@ -65,8 +57,20 @@ def naive(model: nn.Module) -> nn.Module:
     return model
 
 
+def random_batch(args: argparse.Namespace, causal: bool, device: str) -> dict[str, Tensor]:
+    """Source and target: of a decoder-only model in one sequence, whose labels are the last tokens."""
+    source, target = (torch.randint(2, 32000, (args.batch, n), device=device) for n in (args.source, args.target))
+    if not causal:
+        return {"input_ids": source, "labels": target}
+    labels = torch.cat([torch.full_like(source, -100), target], dim=1)
+    return {"input_ids": torch.cat([source, target], dim=1), "labels": labels}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=tuple(SIZES), default="t5-small", help="size; weights are random")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base model")
+    parser.add_argument("--kernel", default="auto", help="of the pool's op")
     parser.add_argument("--tasks", type=int, nargs="+", default=[15, 50])
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--batch", type=int, default=8)
@@ -76,46 +80,54 @@ def main() -> None:
     parser.add_argument("--no-naive", action="store_true", help="leave the naive loop out (it is slow and large)")
     parser.add_argument("--json", type=Path, help="write all times here")
     args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, args.dtype)
+    causal = not SIZES[args.model].is_encoder_decoder
     torch.manual_seed(1)
-    batch = {
-        "input_ids": torch.randint(2, 32000, (args.batch, args.source)),
-        "labels": torch.randint(2, 32000, (args.batch, args.target)),
-    }
+    batch = random_batch(args, causal, device)
+    common = {"task_type": "CAUSAL_LM" if causal else "SEQ_2_SEQ_LM", "r": args.rank, "lora_alpha": 32}
+    common |= {"target_modules": ["q_proj", "v_proj"] if causal else ["q", "v"]}
     found: dict[str, dict] = {}
     for count in args.tasks:
         tasks = [f"task_{i}" for i in range(count)]
-        common = {"task_type": "SEQ_2_SEQ_LM", "r": args.rank, "lora_alpha": 32, "target_modules": ["q", "v"]}
-        pool = get_peft_model(t5_small(), SaptConfig(tasks=tasks, init_weights=False, **common))
+        own = SaptConfig(tasks=tasks, init_weights=False, kernel=args.kernel, **common)
+        pool = get_peft_model(random_model(args.model, dtype, device), own)
         released = copy.deepcopy(pool)
         released.peft_config["default"].old_block_gradient = False
         for module in released.modules():
             if isinstance(module, SaptLayer):
                 module.configs["default"].old_block_gradient = False
-        models = {"plain LoRA": get_peft_model(t5_small(), LoraConfig(init_lora_weights=False, **common))}
+        plain = LoraConfig(init_lora_weights=False, **common)
+        models = {"plain LoRA": get_peft_model(random_model(args.model, dtype, device), plain)}
         models |= {"pool": pool, "pool, gradient cut as released": released}
         if not args.no_naive:
             models["naive loop"] = naive(pool)
         for model in models.values():
             model.train()
 
+        def loss(model: nn.Module) -> Tensor:
+            with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+                return model(**batch).loss
+
         def step(model: nn.Module) -> Callable[[], None]:
             def run() -> None:
-                model(**batch).loss.backward()
+                loss(model).backward()
                 model.zero_grad(set_to_none=True)
 
             return run
 
         times = alternate({name: step(model) for name, model in models.items()}, args.rounds)
-        saved = {name: saved_bytes(model, lambda model=model: model(**batch).loss) for name, model in models.items()}
+        saved = {name: saved_bytes(model, lambda model=model: loss(model)) for name, model in models.items()}
         rows = []
         for name in models:
             low, middle, high = quartiles(times[name], times["plain LoRA"])
             megabytes, ratio = saved[name] / 1e6, saved[name] / saved["plain LoRA"]
             rows.append([name, f"{middle:.2f} ({low:.2f} to {high:.2f})", f"{megabytes:.0f}", f"{ratio:.2f}"])
         print(f"T = {count}, r = {args.rank}, {args.batch} x {args.source} source and {args.target} target tokens, "
-              f"{torch.get_num_threads()} threads, {args.rounds} rounds")  # fmt: skip
+              f"{args.model}, {args.dtype}, {where()}, {args.rounds} rounds")  # fmt: skip
         print(table(["", "time / plain LoRA", "saved activations, MB", "/ plain LoRA"], rows), flush=True)
         found[str(count)] = {"seconds": times, "saved_bytes": saved}
+        del models, pool, released
     if args.json:
         args.json.write_text(json.dumps({"settings": {**vars(args), "json": None}, "tasks": found}, indent=1))
 

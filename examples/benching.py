@@ -38,6 +38,11 @@ def timed(run: Callable[[], object]) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
+def where() -> str:
+    """What the times are of."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+
+
 def quartiles(times: list[float], reference: list[float]) -> tuple[float, float, float]:
     """Lower quartile, median and upper quartile of the ratios of two runs, round by round."""
     ratios = [mine / theirs for mine, theirs in zip(times, reference, strict=True)]

@@ -52,7 +52,7 @@ class Served:
 
     def encode(self, prompt: str) -> dict[str, torch.Tensor]:
         found = self.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
-        return {name: found[name] for name in ("input_ids", "attention_mask")}
+        return {name: found[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
 
     def weights(self, prompt: str, allowed: list[str] | None = None) -> dict[str, float]:
         """The attention of ``prompt`` over the tasks; shared out among the ``allowed`` ones alone.

@@ -94,7 +94,8 @@ def main() -> int:
     for name in names:
         row = stream[name]["test"][0]
         ids = encoded(tokenizer, row, args.max_tokens)
-        prompt = torch.tensor([[i for i, label in zip(ids["input_ids"], ids["labels"], strict=True) if label == -100]])
+        asked = [i for i, label in zip(ids["input_ids"], ids["labels"], strict=True) if label == -100]
+        prompt = torch.tensor([asked], device=model.device)
         tokens = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6)
         answer = tokenizer.decode(tokens[0, prompt.shape[1] :], skip_special_tokens=True).strip()
         weights = model.attention_weights(prompt)[0]

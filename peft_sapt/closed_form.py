@@ -111,7 +111,7 @@ def softmax_temperature(calibrated: Tensor) -> Tensor:
     """One temperature, a float64 scalar, from those that the tasks calibrated, [T, 1]; a default if none did."""
     every = calibrated.flatten()
     found = ridge.common_temperature(every, len(every))
-    return every.new_tensor(UNCALIBRATED, dtype=torch.float64) if found is None else found
+    return found.masked_fill(found.isnan(), UNCALIBRATED)
 
 
 def score_log_weights(scores: Tensor, means: Tensor, temperature: Tensor) -> Tensor:

@@ -147,8 +147,9 @@ class Linear(nn.Module, SaptLayer):
         stacks = self.routing.stacks
         if mixture is not None and stacks is not None:
             known = mixture.stacked(stacks, self)
-            if known is not None and len(known[2]) == len(x) and x.dtype == known[0].dtype:
-                return held_lora(x, base, *known, mixture.config.kernel)
+            if known is not None and len(known[2]) == len(x):
+                x, gates = self.as_factors(x, known[0]), known[2].to(x.device)
+                return held_lora(x, base, known[0], known[1], gates, mixture.config.kernel)
         adapter = next((a for a in self.active_adapters if a in self.sapt_A), None)
         if self.disable_adapters or adapter is None:
             return base
@@ -159,16 +160,21 @@ class Linear(nn.Module, SaptLayer):
         a, b = self.sapt_A[adapter].weight, self.sapt_B[adapter].weight
         old_a = self.sapt_old_A[adapter].weight if adapter in self.sapt_old_A else None
         old_b = self.sapt_old_B[adapter].weight if adapter in self.sapt_old_B else None
-        x = x if torch.is_autocast_enabled(x.device.type) else x.to(a.dtype)
+        x = self.as_factors(x, a)
         factors: Factors = (old_a, old_b, a, b, gates)
         if mixture is not None:
             factors = mixture.factors(self, (old_a, old_b, a, b))
         new_x = self.sapt_dropout[adapter](x) if adapter in self.sapt_dropout and self.training else None
         result = gated_lora(
-            x, base, *factors,
+            x, base, *factors[:-1], factors[-1].to(x.device),  # of a model spread over devices
             old_gradient=config.old_block_gradient, new_x=new_x, kernel=config.kernel,
         )  # fmt: skip
         return result.to(base.dtype)
+
+    @staticmethod
+    def as_factors(x: Tensor, a: Tensor) -> Tensor:
+        """``x`` in the number type of the blocks, as PEFT's LoRA takes it; autocast chooses by itself."""
+        return x if torch.is_autocast_enabled(x.device.type) else x.to(a.dtype)
 
     def held_mixture(self) -> Mixture | None:
         """The mixture of this forward, if it serves many forwards and none of them needs a gradient."""

@@ -103,7 +103,8 @@ class Mixture:
         sources = [(part, _state(part)) for part in (old_a, old_b)]
         known = self._old_rows.get(layer)
         if known is None or any(p is not q or v != w for (p, v), (q, w) in zip(known[0], sources, strict=True)):
-            known = self._old_rows[layer] = sources, (old_a[self._frozen], old_b[self._frozen])
+            rows = self._frozen.to(old_a.device)
+            known = self._old_rows[layer] = sources, (old_a[rows], old_b[rows])
         return known[1]
 
 

@@ -144,10 +144,24 @@ class FreePoolModule(nn.Module, PoolModule):
         return None
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        if device is not None:
-            for name in self.adapter_layer_names + self.other_param_names:
-                if adapter_name in getattr(self, name):
-                    getattr(self, name)[adapter_name].to(device)
+        """Move the adapter to ``device``, by default to where the base model's embeddings are."""
+        device = self.home() if device is None else device
+        for name in self.adapter_layer_names + self.other_param_names:
+            containers = getattr(self, name)
+            if device is None or adapter_name not in containers:
+                continue
+            if not any(p.device.type == "meta" for p in containers[adapter_name].parameters()):
+                containers[adapter_name].to(device)
+
+    def home(self) -> torch.device | None:
+        """The device of the base model's embeddings, or of its first parameter; None while there is no base."""
+        base = None if self.router is None else self.router.base
+        if base is None:
+            return None
+        asked = getattr(base, "get_input_embeddings", None)
+        table = asked() if callable(asked) else None
+        found: Tensor | None = next(iter((base if table is None else table).parameters()), None)
+        return None if found is None or found.device.type == "meta" else found.device
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)

@@ -67,7 +67,9 @@ def read_prompt(folder: str | os.PathLike, length: int, width: int) -> Tensor:
     prompt = state.get(KEY)
     if prompt is None or prompt.dim() != 2 or not prompt.is_floating_point():
         raise PromptFolderError(f"{weights} holds {sorted(state)[:3]}, not one matrix {KEY!r}.")
-    prompt = prompt[:length].float()  # an encoder-decoder's file has a second prompt, which PEFT does not use either
+    if len(prompt) == length * 2 and config.get("num_transformer_submodules") == 2:
+        prompt = prompt[:length]  # an encoder-decoder's file has a second prompt, which PEFT does not use either
+    prompt = prompt.float()
     if tuple(prompt.shape) != (length, width):
         raise PromptFolderError(
             f"{weights} holds a prompt of {list(prompt.shape)}; this pool's have {[length, width]}: all prompts of a "

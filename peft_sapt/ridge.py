@@ -12,6 +12,8 @@ prompt is kept beside the sums, so that nothing has to be replayed. All of it is
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -73,19 +75,19 @@ def calibrated_temperature(scores: Tensor, task: int, own_share: float = OWN_SHA
     return float(every[int(enough[-1]) if len(enough) else 0])
 
 
-def common_temperature(calibrated: Tensor, count: int, own_share: float = OWN_SHARE) -> Tensor | None:
+def common_temperature(calibrated: Tensor, count: int, own_share: float = OWN_SHARE) -> Tensor:
     """One temperature for a pool of ``count`` tasks from those that its tasks calibrated, [T], 0 where none did.
 
     Of n tasks whose own score leads all others by a margin m, the own one has share p at the temperature
     m / log((n - 1) p / (1 - p)). A task that calibrated as the pool's n-th so tells its margin; the result is the
-    temperature for their geometric mean among ``count`` tasks. None if no task calibrated.
+    temperature for their geometric mean among ``count`` tasks. NaN if no task calibrated. It runs in every forward, so
+    that nothing here waits for the device.
     """
-    known = calibrated > 0
-    if not bool(known.any()):
-        return None
-    places = torch.arange(1, len(calibrated) + 1, device=calibrated.device)[known]  # n of each
-    margins = calibrated[known].double().log() + _log_odds(places, own_share).log()
-    return (margins.mean() - _log_odds(torch.tensor(count, device=calibrated.device), own_share).log()).exp()
+    known = calibrated > 0  # [T]
+    places = torch.arange(1, len(calibrated) + 1, device=calibrated.device)  # n of each
+    margins = calibrated.double().log() + _log_odds(places, own_share).log()
+    mean = margins.masked_fill(~known, 0.0).sum() / known.sum()
+    return (mean - math.log(math.log((max(count, 2) - 1) * (own_share / (1 - own_share))))).exp()
 
 
 def _log_odds(count: Tensor, share: float) -> Tensor:

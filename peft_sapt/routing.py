@@ -231,9 +231,9 @@ class PromptRouter:
 
     def remember(self, pooled: Tensor, adapter: str) -> None:
         seen = self.routing.seen.setdefault(adapter, [])
-        pooled = pooled[~pooled[:, 0].isnan()]  # packed rows may end in padding
         count = sum(len(rows) for rows in seen)
         if count < SEEN_ROWS:
+            pooled = pooled[~pooled[:, 0].isnan()]  # packed rows may end in padding
             seen.append(pooled[: SEEN_ROWS - count].detach().clone())
 
 

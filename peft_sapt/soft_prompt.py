@@ -61,7 +61,8 @@ class SoftPrompts(FreePoolModule):
         newest = whole(self.sapt_prompt[adapter].weight)  # [P, d]
         parts = [whole(self.sapt_old_prompts[adapter].weight)] if adapter in self.sapt_old_prompts else []
         prompts = torch.cat([*parts, newest]).float().view(weights.shape[-1], *newest.shape)  # [T, P, d]
-        return torch.einsum("bt,tpd->bpd", weights, prompts)
+        with torch.autocast(device_type=prompts.device.type, enabled=False):
+            return torch.einsum("bt,tpd->bpd", weights, prompts)
 
 
 def new_prompt(config: SaptConfig, embedding: Tensor) -> Tensor:

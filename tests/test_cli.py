@@ -96,7 +96,21 @@ def test_eval_takes_plain_adapters_too(ask) -> None:
     assert code == 0 and "score" in text and "routing" not in text
 
 
-@pytest.mark.parametrize("method", ["per-task", "o-lora", "l2p", "base"])
+def test_another_run_is_not_taken_for_the_one_that_is_there(ask, tmp_path) -> None:
+    assert ask("train", "--method", "sequential", "--out", "out")[0] == 0
+    for other in (("--method", "sapt-ridge"), ("--method", "sequential", "--seed", 1),
+                  ("--method", "sequential", "--order", "reversed")):  # fmt: skip
+        code, text = ask("train", "--out", "out", *other)
+        assert code == 1 and f"other settings ({other[-2][2:]})" in text, text
+    assert "LORA" in (tmp_path / "out" / "model" / "adapter_config.json").read_text()
+
+
+def test_the_base_learns_nothing_and_leaves_no_model(ask, tmp_path) -> None:
+    code, text = ask("train", "--method", "base", "--out", "out")
+    assert code == 0 and "Model:" not in text and not (tmp_path / "out" / "model").exists(), text
+
+
+@pytest.mark.parametrize("method", ["per-task", "o-lora", "l2p"])
 def test_what_other_methods_learn_is_saved(ask, tmp_path, method: str) -> None:
     code, text = ask("train", "--method", method, "--out", "out")
     assert code == 0, text
@@ -106,7 +120,6 @@ def test_what_other_methods_learn_is_saved(ask, tmp_path, method: str) -> None:
         "per-task": "task_1/adapter_model.safetensors",
         "o-lora": "task_1/adapter_model.safetensors",
         "l2p": "virtual_tokens.safetensors",
-        "base": "model.safetensors",
     }
     assert expected[method] in files, files
 

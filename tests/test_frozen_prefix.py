@@ -134,3 +134,21 @@ def test_other_families_are_left_alone() -> None:
     assert with_frozen_prefix(tiny_t5(), 1) is None
     assert with_frozen_prefix(tiny_llama(), 0) is None
     assert with_frozen_prefix(deep_llama(attention_dropout=0.1), 2) is None
+
+
+def test_memory_is_bounded_and_the_oldest_rows_go_first(base, monkeypatch) -> None:
+    model, batch = remembering(base), padded(ROWS)
+    model(**batch)
+    prefix = prefix_of(model)
+    sizes = {key: known.bytes for key, known in prefix.rows.items()}
+    assert prefix.bytes == sum(sizes.values()) == sum(4 * 32 * len(row) for row in ROWS)
+    monkeypatch.setattr("peft_sapt.continual.frozen_prefix.ROOM", prefix.bytes)
+    other = token_rows([4], seed=1)
+    keep = padded(other)["attention_mask"].bool()
+    torch.testing.assert_close(model(**padded(other)).logits[keep], base(**padded(other)).logits[keep])
+    assert next(iter(prefix.rows)) == tuple(ROWS[1])
+    assert prefix.bytes == sum(known.bytes for known in prefix.rows.values())
+    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 1}
+    monkeypatch.setattr("peft_sapt.continual.frozen_prefix.ROOM", 1)
+    assert torch.equal(model.generate(**batch, **settings), base.generate(**batch, **settings)), "one row at a time"
+    assert len(prefix.rows) == 1

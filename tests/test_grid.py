@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,11 @@ def test_a_grid_writes_each_run_once(tmp_path) -> None:
 def test_other_settings_are_not_mixed_in(tmp_path) -> None:
     bench, runs = tiny_bench(tmp_path), runs_of("tiny", ["sequential"], ["listed"], [0])
     run_grid(bench, runs, tmp_path / "out", {})
-    assert is_done(runs[0].path(tmp_path / "out"), bench)
+    assert is_done(runs[0].path(tmp_path / "out"), bench, runs[0])
+    with pytest.raises(StreamError, match=r"other settings \(seed\)"):
+        is_done(runs[0].path(tmp_path / "out"), bench, replace(runs[0], seed=runs[0].seed + 1))
+    with pytest.raises(StreamError, match=r"other settings \(method\)"):
+        is_done(runs[0].path(tmp_path / "out"), bench, replace(runs[0], method="sapt"))
     bench.budget.lr = 1.0
     with pytest.raises(StreamError, match=r"sequential.listed.0.json was made with other settings \(budget\)"):
         run_grid(bench, runs, tmp_path / "out", {})

@@ -98,6 +98,17 @@ def test_gates_repeat_each_weight_over_its_ranks(weights: list[float], ranks: li
     assert gates == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize("scaling", [[2.0] * 40, [2.0] * 20 + [1.0] * 20, [1.0 + t for t in range(40)]])
+@pytest.mark.parametrize("ranks", [[3] * 40, [1 + t % 5 for t in range(40)]])
+def test_gates_of_long_pools(scaling: list[float], ranks: list[int]) -> None:
+    weights = torch.rand(2, 3, 40, dtype=torch.float64, requires_grad=True)
+    gates = rank_gates(weights, scaling, ranks)
+    expected = torch.stack([weights[..., t] * scaling[t] for t in range(40) for _ in range(ranks[t])], dim=-1)
+    assert torch.equal(gates, expected)
+    found, wanted = (torch.autograd.grad(g.square().sum(), weights)[0] for g in (gates, expected))
+    torch.testing.assert_close(found, wanted)
+
+
 def test_disagreeing_arguments_are_named() -> None:
     leaves, blocks, scaling = problem(3, SHAPES["odd"], mixed=False)
     with pytest.raises(ValueError, match="2 scalings"):

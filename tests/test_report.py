@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from peft_sapt.continual.grid import Run, orders_of, runs_of, text_of, with_single_scores
 from peft_sapt.continual.methods import LABELS, METHODS, PROMPTS, alone_of
+from peft_sapt.continual.metrics import forgetting_of
 from peft_sapt.continual.results import labelled, load_runs, metrics_of, spread_of, with_nan, write_results
 from peft_sapt.errors import StreamError
 from peft_sapt.report import write_report
@@ -126,10 +127,19 @@ def test_the_report_is_whole(folder, tmp_path) -> None:
 def test_tasks_of_free_text_have_no_constrained_score() -> None:
     run = result_of("sapt")
     kept = labelled(run)
-    assert kept.shape == (14, 14) and not np.isnan(np.tril(kept)).any()
-    assert np.allclose(kept[-1], np.array(run["matrix"])[-1, :14] / 2), "the last row is that of the stream's end"
+    assert kept.shape == (15, 15) and np.isnan(kept[:, 14]).all() and not np.isnan(np.tril(kept[:14, :14])).any()
+    assert np.allclose(kept[-1, :14], np.array(run["matrix"])[-1, :14] / 2), "the last row is that of the stream's end"
     head, rows = tasks_table([run], "constrained")
     assert rows[0][-1] == "-" and len(head) == 16
+
+
+def test_constrained_forgetting_counts_every_stage_and_every_labelled_task() -> None:
+    """By hand: the first task is best after the second, and the last labelled task is not the stream's last."""
+    nan = float("nan")
+    run = {"constrained": [[90, nan, nan], [95, 80, nan], [50, 20, nan]]}
+    assert forgetting_of(labelled(run)) == ((95 - 50) + (80 - 20)) / 2
+    assert labelled({"constrained": [[nan, nan], [nan, nan]]}) is None
+    assert forgetting_of(np.array([[nan, nan], [nan, 70.0]])) == 0.0, "the last task cannot have been forgotten"
 
 
 @given(st.lists(st.floats(-100, 100), min_size=1, max_size=6), st.integers(0, 3))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ import torch
 from test_arm import tokenizer as make_tokenizer
 from tiny import tiny_llama, tiny_t5
 
-from peft_sapt.continual.scoring import Labels, exact_match, label_set, normalised, rouge_l
+from peft_sapt.continual.scoring import Labels, exact_match, label_set, normalised, rouge_l, warn_of_cut_answers
+from peft_sapt.errors import StreamError
 
 FOLDER = Path(os.environ.get("PEFT_SAPT_GOLDEN") or Path(__file__).parents[2] / "shared" / "golden")
 
@@ -92,3 +94,15 @@ def test_held_answers_are_greedy_among_the_labels(make) -> None:
 
     with torch.no_grad():
         assert found == [by_hand(row) for row in prompt]
+
+
+def test_labels_that_a_cut_makes_alike_are_refused_and_cut_answers_are_told() -> None:
+    tokenizer = make_tokenizer()
+    with pytest.raises(StreamError, match=r"'w10 w11 w12' and 'w10 w11 w13' are the same in their first 2 tokens"):
+        Labels(tokenizer, ["w10 w11 w12", "w10 w11 w13"], max_answer=3)
+    rows = [{"output": [text]} for text in ("w10", "w10 w11", "w10 w11 w12")]
+    with pytest.warns(UserWarning, match=r"1 of 3 answers of task 'a' are cut to 2 tokens, as 'w10 w11 w12'"):
+        warn_of_cut_answers(tokenizer, "a", rows, max_answer=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_cut_answers(tokenizer, "a", rows, max_answer=4)

@@ -279,6 +279,10 @@ def test_an_exported_prompt_is_the_pool_with_that_task(family, tmp_path) -> None
         other = build_pool(family, ["a"], block="prompt", num_virtual_tokens=5)
         other.import_task("new", tmp_path / "task")
     assert other.tasks == ["a"]
+    other = build_pool(family, ["a"], block="prompt", num_virtual_tokens=7)
+    other.export_task("a", tmp_path / "longer")
+    with pytest.raises(PromptFolderError, match=r"prompt of \[7, 64\]; this pool's have \[4, 64\]"):
+        pool.import_task("longer", tmp_path / "longer")
     with pytest.raises(PromptFolderError, match="'LORA', not a PROMPT_TUNING"):
         build_pool(family, ["a"]).export_task("a", tmp_path / "lora")
         pool.import_task("lora", tmp_path / "lora")
@@ -381,3 +385,14 @@ def test_plain_lora_beside_a_prompt_pool_is_untouched() -> None:
     assert not hasattr(lora.get_base_model(), "soft_prompts")
     pool = get_peft_model(base, SaptConfig(task_type="CAUSAL_LM", block="prompt"))
     assert not hasattr(pool.unload(), "soft_prompts")
+
+
+def test_the_mixed_prompt_is_float32_under_autocast() -> None:
+    pool = prompt_pool("llama").eval()
+    weights = torch.rand(2, 3)
+    plain = pool.base_model.model.soft_prompts.mixed("default", weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (
+            torch.equal(pool.base_model.model.soft_prompts.mixed("default", weights), plain)
+            and plain.dtype == torch.float32
+        )

@@ -12,7 +12,7 @@ import pytest
 from test_grid import tiny_bench
 
 from peft_sapt.continual import transfer as subject
-from peft_sapt.continual.transfer import Few, gain_over_alone, interval, transfer
+from peft_sapt.continual.transfer import Few, gain_over_alone, interval, student_975, transfer
 from peft_sapt.errors import StreamError
 
 ARMS = ["ridge", "ridge-warm", "learned", "learned-warm"]
@@ -48,6 +48,8 @@ def test_intervals_are_students_and_paired() -> None:
     mean, low, high = interval(values)
     half = 3.182446 * np.std(values, ddof=1) / 2  # t(0.975, 3 degrees of freedom)
     assert (mean, low, high) == pytest.approx((5.0, 5.0 - half, 5.0 + half), rel=1e-3)
+    known = {2: 4.3027, 10: 2.2281, 11: 2.2010, 30: 2.0423, 120: 1.9799}
+    assert {n: student_975(n) for n in known} == pytest.approx(known, rel=1e-4), "tabulated anywhere"
     rows = [{"scores": {"4": {"alone": {"test": a}, "ridge": {"test": a + 2.0}}}} for a in (10.0, 50.0, 90.0)]
     assert gain_over_alone(rows, "ridge", 4) == (2.0, 2.0, 2.0), "what seeds have in common drops out"
 

@@ -18,7 +18,7 @@ CACHE = Path.home() / ".cache" / "peft-sapt"
 
 def opened(folder: Path, model: str | None) -> PeftModel:
     """The pool in ``folder`` on its base model; raises [`PoolFormatError`] or [`StreamError`] where one is missing."""
-    base, _ = load_base(base_of(str(folder)) if model is None else model, CACHE)
+    base, _ = load_base(base_of(str(folder)) if model is None else model, CACHE, device="cpu")
     return PeftModel.from_pretrained(base, folder)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from ..continual.bounds import Base
 from ..continual.grid import Run, do, is_done, of_run, runs_of, text_of
 from ..continual.learner import Budget
 from ..continual.methods import LABELS
@@ -48,15 +49,18 @@ def command(ctx: click.Context, dry_run: bool, **_: Any) -> None:
     path = training.out / NAME
     with tempfile.TemporaryDirectory() as work:
         bench = of_run(make_bench(data, budget, Path(work), stream), run, orders)
-        if is_done(path, bench):
+        if is_done(path, bench, run):
             click.echo(f"{path} is there already, made with the same settings: nothing to do.")
             return
         training.out.mkdir(parents=True, exist_ok=True)
         result, method = do(bench, run, {"model": data.model})
-        method.save(training.out / "model")
+        if not isinstance(method, Base):  # which has learned nothing
+            method.save(training.out / "model")
         write_atomically(path, text_of(result))  # last: its being there says that all is
     show(run, result)
-    click.echo(f"Results: {path}\nModel: {training.out / 'model'}")
+    click.echo(f"Results: {path}")
+    if (training.out / "model").exists():
+        click.echo(f"Model: {training.out / 'model'}")
 
 
 def show(run: Run, result: dict[str, Any]) -> None:

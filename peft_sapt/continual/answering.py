@@ -14,6 +14,8 @@ from .prompts import left_padded
 from .scoring import Labels
 from .streams import Row
 
+AT_ONCE = 256  # prompts whose embeddings are held together
+
 
 @torch.no_grad()
 def answers(
@@ -75,4 +77,6 @@ def evaluate(bench: Bench, model: Any, names: list[str], split: str | None = Non
 def weights_of_prompts(bench: Bench, model: PeftModel, name: str, split: str | None = None) -> torch.Tensor:
     """Attention on all prompts of a task's split (the scored one by default), [N, T]."""
     prompts = bench.prompts(bench.stream[name][split or bench.split])
-    return model.attention_weights(**left_padded(prompts, bench.tokenizer.pad_token_id)).cpu()
+    parts = [prompts[i : i + AT_ONCE] for i in range(0, len(prompts), AT_ONCE)]  # embeddings of all would be large
+    pad = bench.tokenizer.pad_token_id
+    return torch.cat([model.attention_weights(**left_padded(part, pad)).cpu() for part in parts])

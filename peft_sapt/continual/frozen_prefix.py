@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 FAMILIES = ("llama",)  # whose decoder layers are called as below
+ROOM = 8 * 2**30  # bytes of rows that are remembered at most, and a quarter of a GPU's; the oldest are dropped first
 
 
 class Known(NamedTuple):
@@ -22,6 +23,10 @@ class Known(NamedTuple):
 
     hidden: Tensor
     cached: list[tuple[Tensor, Tensor]] | None
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.nbytes for t in (self.hidden, *(part for pair in self.cached or [] for part in pair)))
 
 
 class FrozenPrefix(nn.Module):
@@ -35,6 +40,7 @@ class FrozenPrefix(nn.Module):
         super().__init__()
         self._below: tuple[list[Any], Any] = ([layer.eval() for layer in decoder.layers[:depth]], decoder.rotary_emb)
         self.rows: dict[tuple[int, ...], Known] = {}
+        self.bytes = 0  # of all rows
         self.spans: list[tuple[int, tuple[int, ...]]] | None = None  # of the forward under way: start, tokens
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenPrefix:
@@ -47,6 +53,7 @@ class FrozenPrefix(nn.Module):
             module._apply(fn)
         if _kind(layers[0]) != before:
             self.rows.clear()
+            self.bytes = 0
         return super()._apply(fn, recurse)
 
     def note(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -58,9 +65,10 @@ class FrozenPrefix(nn.Module):
         mask = torch.ones_like(ids) if mask is None else mask
         if mask.dim() != 2 or mask.shape != ids.shape or not bool(mask.any(dim=1).all()):
             return
-        starts, counts = mask.int().argmax(dim=1).tolist(), mask.sum(dim=1).tolist()
-        if all(bool(m[s : s + n].all()) for m, s, n in zip(mask, starts, counts, strict=True)):
-            rows = zip(starts, counts, ids.tolist(), strict=True)
+        first, count = mask.int().argmax(dim=1, keepdim=True), mask.bool().sum(dim=1, keepdim=True)  # [B, 1]
+        places = torch.arange(mask.shape[1], device=mask.device)
+        if bool((((places >= first) & (places < first + count)) == mask.bool()).all()):  # rows without gaps
+            rows = zip(first[:, 0].tolist(), count[:, 0].tolist(), ids.tolist(), strict=True)
             self.spans = [(start, tuple(row[start : start + count])) for start, count, row in rows]
 
     def forward(
@@ -94,8 +102,16 @@ class FrozenPrefix(nn.Module):
     def look_up(self, tokens: tuple[int, ...], embeddings: Tensor, fill: bool) -> Known:
         known = self.rows.get(tokens)
         if known is None or (fill and known.cached is None):
+            self.forget(tokens)
             known = self.rows[tokens] = self.compute(embeddings.detach(), fill)
+            self.bytes += known.bytes
+            while self.bytes > room(embeddings.device) and len(self.rows) > 1:
+                self.forget(next(iter(self.rows)))
         return known
+
+    def forget(self, tokens: tuple[int, ...]) -> None:
+        known = self.rows.pop(tokens, None)
+        self.bytes -= 0 if known is None else known.bytes
 
     @torch.no_grad()
     def compute(self, hidden: Tensor, fill: bool) -> Known:
@@ -133,6 +149,13 @@ class Passed(nn.Module):
 def _kind(module: nn.Module) -> tuple[torch.device, torch.dtype]:
     first = next(module.parameters())
     return first.device, first.dtype
+
+
+def room(device: torch.device) -> int:
+    """Bytes that rows may take on ``device``."""
+    if device.type != "cuda":
+        return ROOM
+    return min(ROOM, torch.cuda.get_device_properties(device).total_memory // 4)
 
 
 def counts_from_first_token(position_ids: Tensor | None, spans: list[tuple[int, tuple[int, ...]]]) -> bool:

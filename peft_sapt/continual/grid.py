@@ -7,6 +7,7 @@ Several processes may work on one folder: a run under way is held by a lock that
 from __future__ import annotations
 
 import fcntl
+import gc
 import hashlib
 import json
 import time
@@ -27,6 +28,8 @@ from .methods import METHODS, alone_of
 from .metrics import average_performance, backward_transfer, forgetting_rate
 from .provenance import here
 from .streams import fingerprint
+
+RUN = ("method", "order", "seed")  # what tells the runs of one benchmark apart
 
 
 @dataclass(frozen=True)
@@ -95,10 +98,10 @@ def run_grid(
         path.parent.mkdir(parents=True, exist_ok=True)
         with held(path) as mine:
             own = of_run(bench, run, orders)
-            if not mine or is_done(path, own):
+            if not mine or is_done(path, own, run):
                 continue
-            result, _ = do(own, run, provenance)
-            write_atomically(path, text_of(result))
+            write_atomically(path, text_of(do(own, run, provenance)[0]))
+            gc.collect()  # the model, whose hooks and modules refer to each other, before the next one is built
             tqdm.write(f"{time.strftime('%H:%M:%S')} {path}")
 
 
@@ -143,8 +146,10 @@ def settings_of(bench: Bench) -> dict[str, Any]:
     rows = {
         name: [len(splits[s]) for s in ("train", "validation", bench.split)] for name, splits in bench.stream.items()
     }
+    dtype = str(next(bench.base.parameters()).dtype).removeprefix("torch.")
     return {
         "budget": budget,
+        **({} if dtype == "float32" else {"dtype": dtype}),
         "style": asdict(bench.style),
         "metric": bench.score.__name__,
         "model": base_fingerprint(bench.base),
@@ -163,11 +168,13 @@ def base_fingerprint(base: torch.nn.Module) -> str:
     return f"{base.config.model_type} {count} {sha}"  # type: ignore[union-attr]
 
 
-def is_done(path: Path, own: Bench) -> bool:
-    """Whether ``path`` holds the result of a run on ``own``; raises [`StreamError`] for other settings or data."""
+def is_done(path: Path, own: Bench, run: Run) -> bool:
+    """Whether ``path`` holds the result of ``run`` on ``own``; raises [`StreamError`] for another run or data."""
     if not path.exists():
         return False
-    known, wanted = json.loads(path.read_text(encoding="utf-8"))["settings"], settings_of(own)
+    found = json.loads(path.read_text(encoding="utf-8"))
+    known = {**found["settings"], **{key: found.get(key) for key in RUN}}
+    wanted = {**settings_of(own), **{key: value for key, value in asdict(run).items() if key in RUN}}
     differing = sorted(key for key in wanted if known.get(key) != wanted[key])
     if differing:
         raise StreamError(

@@ -12,7 +12,7 @@ from transformers import set_seed
 
 from .answering import answers, mean_score, scored_rows
 from .learner import Bench
-from .scoring import Labels, label_set
+from .scoring import Labels, label_set, warn_of_cut_answers
 from .streams import Row
 
 Found = dict[str, Any]
@@ -94,6 +94,8 @@ def learn_stream(method: Method) -> Found:
     """
     bench = method.bench
     names = list(bench.stream)
+    for name in names:
+        warn_of_cut_answers(bench.tokenizer, name, bench.stream[name]["train"], bench.budget.max_answer)
     labels = {name: labels_of(bench, name) for name in names}
     matrix: list[list[float]] = []
     constrained: list[list[float]] = []

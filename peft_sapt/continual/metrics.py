@@ -40,11 +40,16 @@ def forgetting_rate(R: ArrayLike) -> float:
 
     SAPT, section 4.1. Negative where a task ends above every earlier score of it.
     """
-    matrix = score_matrix(R)
-    count = len(matrix)
-    if count == 1:
-        return 0.0
-    return float(np.mean([np.nanmax(matrix[: count - 1, j]) - matrix[-1, j] for j in range(count - 1)]))
+    return forgetting_of(score_matrix(R))
+
+
+def forgetting_of(matrix: NDArray[np.float64]) -> float:
+    """F.Ra over the tasks with a final score alone; the columns [T] of others, which have none, are NaN throughout.
+
+    The stream's last task, which nothing can have made forgotten, does not count. 0 if no task does.
+    """
+    kept = [j for j in range(len(matrix) - 1) if not np.isnan(matrix[-1, j])]
+    return float(np.mean([np.nanmax(matrix[:-1, j]) - matrix[-1, j] for j in kept])) if kept else 0.0
 
 
 def backward_transfer(R: ArrayLike, divisor: Literal["paper", "textbook"] = "paper") -> float:

@@ -15,7 +15,7 @@ from ..errors import StreamError
 from ..files import read_bounded, write_atomically
 from .grid import Run, text_of
 from .methods import LABELS, alone_of
-from .metrics import average_performance, backward_transfer, forgetting_rate, forward_transfer
+from .metrics import average_performance, backward_transfer, forgetting_of, forgetting_rate, forward_transfer
 
 Result = dict[str, Any]
 NAME = "results.json"
@@ -82,21 +82,17 @@ def metrics_of(result: Result, runs: Iterable[Result]) -> dict[str, float]:
         "BWT": nan if bound else backward_transfer(matrix),
         "routing": mean(result["routing"]) if "routing" in result else nan,
         "own weight": mean(own) if own else nan,
-        "AP constrained": nan if held is None else average_performance(held),
-        "F.Ra constrained": nan if held is None or bound else forgetting_rate(held),
+        "AP constrained": nan if held is None else float(np.nanmean(held[-1])),
+        "F.Ra constrained": nan if held is None or bound else forgetting_of(held),
     }
 
 
 def labelled(result: Result) -> np.ndarray | None:
-    """The matrix of constrained scores of the tasks with labels, [L, L]; None if no task has any.
-
-    The last row is that of the whole stream's end, whichever task came last.
-    """
+    """The matrix of constrained scores, [T, T], with NaN in the columns of tasks of free text; None if all are."""
     if "constrained" not in result:
         return None
     matrix = np.asarray(result["constrained"], dtype=float)
-    kept = [i for i in range(len(matrix)) if not np.isnan(matrix[-1, i])]
-    return np.vstack([matrix[np.ix_(kept[:-1], kept)], matrix[-1:, kept]]) if kept else None
+    return None if np.isnan(matrix[-1]).all() else matrix
 
 
 def summarise(runs: list[Result]) -> list[dict[str, Any]]:

@@ -7,11 +7,13 @@ so the two together tell what was forgotten.
 from __future__ import annotations
 
 import string
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
+from ..errors import StreamError
 from .streams import Row
 
 Score = Callable[[str, list[str]], float]
@@ -67,7 +69,12 @@ class Labels:
         self.next: dict[tuple[int, ...], list[int]] = {}
         for label in labels:
             tokens = answer_ids(tokenizer, label, max_answer)
-            self.by_tokens.setdefault(tuple(tokens), label)
+            other = self.by_tokens.setdefault(tuple(tokens), label)
+            if other != label:
+                raise StreamError(
+                    f"The labels {other!r} and {label!r} are the same in their first {max_answer - 1} tokens, where "
+                    "answers are cut: raise --max-answer."
+                )
             for i, token in enumerate(tokens):
                 following = self.next.setdefault(tuple(tokens[:i]), [])
                 if token not in following:
@@ -89,4 +96,19 @@ class Labels:
 
 def answer_ids(tokenizer: Any, answer: str, max_answer: int) -> list[int]:
     """An answer as it is trained and constrained: a blank before it, cut, and the end token, up to ``max_answer``."""
-    return [*tokenizer(" " + answer, add_special_tokens=False).input_ids[: max_answer - 1], tokenizer.eos_token_id]
+    return [*_tokens(tokenizer, answer)[: max_answer - 1], tokenizer.eos_token_id]
+
+
+def warn_of_cut_answers(tokenizer: Any, name: str, rows: list[Row], max_answer: int) -> None:
+    """Say so if answers of task ``name`` are longer than what is trained and generated: they cannot be right."""
+    cut = [str(row["output"][0]) for row in rows if len(_tokens(tokenizer, str(row["output"][0]))) >= max_answer]
+    if cut:
+        warnings.warn(
+            f"{len(cut)} of {len(rows)} answers of task {name!r} are cut to {max_answer - 1} tokens, as "
+            f"{cut[0][:80]!r}: raise --max-answer.",
+            stacklevel=2,
+        )
+
+
+def _tokens(tokenizer: Any, answer: str) -> list[int]:
+    return list(tokenizer(" " + answer, add_special_tokens=False).input_ids)

@@ -108,6 +108,8 @@ def _read(path: Path) -> list[Row]:
             for number, line in enumerate(bounded(lines), start=1):
                 if line.strip():
                     rows.append(checked(json.loads(line), f"{path}:{number}"))
+    except StreamError:  # which is a ValueError
+        raise
     except (json.JSONDecodeError, RecursionError) as error:
         raise StreamError(f"{path}:{number} is not JSON ({error}): each line must be one object.") from error
     except (OSError, EOFError, UnicodeDecodeError, ValueError, zlib.error) as error:
@@ -127,7 +129,7 @@ def bounded(lines: IO[str]) -> Iterator[str]:
 
 def checked(row: Any, where: str) -> Row:
     """``row`` with a list of outputs and an instruction; raises [`StreamError`] if it has no input or no output."""
-    if not isinstance(row, Mapping) or "input" not in row or not row.get("output"):
+    if not isinstance(row, Mapping) or "input" not in row or row.get("output") in (None, "", []):
         raise StreamError(f'{where} lacks "input" or "output": it is {str(row)[:120]}.')
     output = row["output"]
     return {

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,6 +18,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # contraction into fused multiply-adds, stated because Triton's default is about to change
 OPTIONS: dict[str, object] = {} if INTERPRETED else {"enable_fp_fusion": True}
 TUNED: dict[tuple, Tile] = {}  # by kernel and shape: the fastest tile, timed once in this process
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which in a process with several GPUs may be another than the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 class Factor(NamedTuple):
@@ -149,8 +155,9 @@ def forward(
     x, base, gates = x.contiguous(), base.contiguous(), gates.float().contiguous()
     if x.shape[0] == 0:
         return base.clone(), x.new_empty(0, gates.shape[1])
-    h, _ = shrink(x, factor_of(old_a, new_a), gates.shape[0], split=split)
-    return expand(h, gates, factor_of(old_b, new_b), base, base.dtype), h
+    with on_device_of(x):
+        h, _ = shrink(x, factor_of(old_a, new_a), gates.shape[0], split=split)
+        return expand(h, gates, factor_of(old_b, new_b), base, base.dtype), h
 
 
 def backward(
@@ -166,17 +173,18 @@ def backward(
     dy, x, h, table = dy.to(x.dtype).contiguous(), x.contiguous(), h.contiguous(), gates.float().contiguous()
     factor_in, factor_out = factor_of(old_a, new_a), factor_of(old_b, new_b)
     old, rank = factor_in.old_rank, factor_in.rank
-    if need_x or need_old_a or need_new_a or need_gates:
-        g, d_gates = shrink(dy, factor_out, len(table), saved=h if need_gates else None)  # [N, R], [G, R]
-        found[5] = None if d_gates is None else d_gates.to(gates.dtype)
-        if need_x:
-            found[0] = expand(g, table, factor_in, None, x.dtype, first=0 if old_gradient else old)
-        if need_old_a:
-            found[1] = block_gradient(g, table, x, 0, old)
-        if need_new_a:
-            found[3] = block_gradient(g, table, x, old, rank - old)
-    if need_old_b:
-        found[2] = block_gradient(h, table, dy, 0, old)
-    if need_new_b:
-        found[4] = block_gradient(h, table, dy, old, rank - old)
+    with on_device_of(x):
+        if need_x or need_old_a or need_new_a or need_gates:
+            g, d_gates = shrink(dy, factor_out, len(table), saved=h if need_gates else None)  # [N, R], [G, R]
+            found[5] = None if d_gates is None else d_gates.to(gates.dtype)
+            if need_x:
+                found[0] = expand(g, table, factor_in, None, x.dtype, first=0 if old_gradient else old)
+            if need_old_a:
+                found[1] = block_gradient(g, table, x, 0, old)
+            if need_new_a:
+                found[3] = block_gradient(g, table, x, old, rank - old)
+        if need_old_b:
+            found[2] = block_gradient(h, table, dy, 0, old)
+        if need_new_b:
+            found[4] = block_gradient(h, table, dy, old, rank - old)
     return found

@@ -56,16 +56,22 @@ def check_task_of_rows(dataset: Any, pool: SaptModel) -> None:
 
 
 class isolated_rng:
-    """Seeds torch inside, and leaves the generators of torch as they were outside: resumed runs stay bit-identical."""
+    """Seeds torch inside, and leaves the generators of torch as they were outside: resumed runs stay bit-identical.
+
+    Those of the CPU, and of the GPU that ``model`` is on; without a model, of the CPU alone.
+    """
 
     def __init__(self, seed: int, model: Any) -> None:
         device = None if model is None else next(model.parameters()).device
-        self.seed = seed
-        self.fork = torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else [])
+        self.seed, self.device = seed, device if device is not None and device.type == "cuda" else None
+        self.fork = torch.random.fork_rng(devices=[] if self.device is None else [self.device])
 
     def __enter__(self) -> None:
         self.fork.__enter__()
-        torch.manual_seed(self.seed)
+        torch.default_generator.manual_seed(self.seed)  # torch.manual_seed would seed every GPU, listed or not
+        if self.device is not None:
+            with torch.cuda.device(self.device):
+                torch.cuda.manual_seed(self.seed)
 
     def __exit__(self, *error: Any) -> None:
         self.fork.__exit__(*error)

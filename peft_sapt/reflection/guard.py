@@ -77,7 +77,8 @@ def finite(tensors: list[Any]) -> Tensor:
     """Whether all of them are finite everywhere, as one tensor on their device: [] in bool."""
     if not tensors:
         return torch.tensor(True)
-    return torch.stack([local(t.detach()).isfinite().all() for t in tensors]).all()
+    flags = [local(t.detach()).isfinite().all() for t in tensors]
+    return torch.stack([flag.to(flags[0].device) for flag in flags]).all()
 
 
 def agreed(good: Tensor) -> bool:
