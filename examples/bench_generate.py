@@ -14,13 +14,12 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from benching import alternate, quartiles, table, timed, where
+from benching import alternate, quartiles, table, timed, where, with_kernel
 from peft import ArrowConfig, LoraConfig, XLoraConfig, create_arrow_model, get_peft_model
 from random_models import SIZES, random_model
 from torch import Tensor
@@ -78,19 +77,6 @@ def compare(args: argparse.Namespace, base: Callable) -> dict:
         found["slow"] = alternate(slow, args.slow_rounds, warmup=0)
         show_rates(found["slow"], args.batch * args.new)
     return found
-
-
-def with_kernel(name: str, run: Callable[[], object]) -> Callable[[], None]:
-    """``run`` with another implementation of the op."""
-
-    def other() -> None:
-        os.environ["PEFT_SAPT_KERNEL"] = name
-        try:
-            run()
-        finally:
-            del os.environ["PEFT_SAPT_KERNEL"]
-
-    return other
 
 
 def xlora_model(base: torch.nn.Module, paths: list[str]) -> torch.nn.Module:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from benching import alternate, quartiles, saved_bytes, table, where
+from benching import alternate, quartiles, saved_bytes, table, where, with_kernel
 from peers import naive_sum
 from peft import LoraConfig, get_peft_model
 from random_models import SIZES, random_model
@@ -70,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=tuple(SIZES), default="t5-small", help="size; weights are random")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base model")
-    parser.add_argument("--kernel", default="auto", help="of the pool's op")
+    parser.add_argument("--kernels", nargs="*", default=[], help="implementations of the op to time too")
     parser.add_argument("--tasks", type=int, nargs="+", default=[15, 50])
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--batch", type=int, default=8)
@@ -90,7 +90,7 @@ def main() -> None:
     found: dict[str, dict] = {}
     for count in args.tasks:
         tasks = [f"task_{i}" for i in range(count)]
-        own = SaptConfig(tasks=tasks, init_weights=False, kernel=args.kernel, **common)
+        own = SaptConfig(tasks=tasks, init_weights=False, **common)
         pool = get_peft_model(random_model(args.model, dtype, device), own)
         released = copy.deepcopy(pool)
         released.peft_config["default"].old_block_gradient = False
@@ -116,12 +116,15 @@ def main() -> None:
 
             return run
 
-        times = alternate({name: step(model) for name, model in models.items()}, args.rounds)
+        runs = {name: step(model) for name, model in models.items()}
+        runs |= {f"pool, kernel {k}": with_kernel(k, runs["pool"]) for k in args.kernels}
+        times = alternate(runs, args.rounds)
         saved = {name: saved_bytes(model, lambda model=model: loss(model)) for name, model in models.items()}
         rows = []
-        for name in models:
+        for name in runs:
             low, middle, high = quartiles(times[name], times["plain LoRA"])
-            megabytes, ratio = saved[name] / 1e6, saved[name] / saved["plain LoRA"]
+            own = saved[name if name in saved else "pool"]
+            megabytes, ratio = own / 1e6, own / saved["plain LoRA"]
             rows.append([name, f"{middle:.2f} ({low:.2f} to {high:.2f})", f"{megabytes:.0f}", f"{ratio:.2f}"])
         print(f"T = {count}, r = {args.rank}, {args.batch} x {args.source} source and {args.target} target tokens, "
               f"{args.model}, {args.dtype}, {where()}, {args.rounds} rounds")  # fmt: skip

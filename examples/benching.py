@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -36,6 +37,19 @@ def timed(run: Callable[[], object]) -> float:
     end.record()
     torch.cuda.synchronize()
     return begin.elapsed_time(end) / 1e3
+
+
+def with_kernel(name: str, run: Callable[[], object]) -> Callable[[], None]:
+    """``run`` with another implementation of the op."""
+
+    def other() -> None:
+        os.environ["PEFT_SAPT_KERNEL"] = name
+        try:
+            run()
+        finally:
+            del os.environ["PEFT_SAPT_KERNEL"]
+
+    return other
 
 
 def where() -> str:

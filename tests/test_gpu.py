@@ -6,6 +6,7 @@ The tests are defined only where there is a GPU, so that a machine without one h
 from __future__ import annotations
 
 import copy
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -24,8 +25,17 @@ NAMES = ["a", "b", "c"]
 ROWS = token_rows([5, 9, 3, 7])
 KINDS = {
     "attention": {}, "ridge": {"router": "ridge"}, "prompt": {"block": "prompt", "num_virtual_tokens": 4},
-    "triton": {"kernel": "triton"}, "torch": {"kernel": "torch"},
+    "triton": {}, "torch": {"kernel": "torch"},
 }  # fmt: skip
+
+
+@contextmanager
+def on_kernel(kind: str):
+    """Within, a pool of the kind "triton" computes by Triton, however small it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        if kind == "triton":
+            patch.setenv(dispatch.VARIABLE, "triton")
+        yield
 
 
 def pool_of(family: str, kind: str):
@@ -74,25 +84,28 @@ if torch.cuda.is_available():
         pool, batch = pool_of(family, kind), labelled(family)
         other = copy.deepcopy(pool).cuda()
         with torch.no_grad():
-            close(other(**on_gpu(batch)).logits, pool(**batch).logits)
+            expected = pool(**batch).logits
+            with on_kernel(kind):
+                close(other(**on_gpu(batch)).logits, expected)
         if kind == "ridge":
             return
-        losses = [model.train()(**given).loss for model, given in ((pool, batch), (other, on_gpu(batch)))]
-        for loss in losses:
-            loss.backward()
+        pool.train()(**batch).loss.backward()
+        with on_kernel(kind):
+            other.train()(**on_gpu(batch)).loss.backward()
         theirs = dict(other.named_parameters())
         compared = [n for n, p in pool.named_parameters() if p.grad is not None]
         assert any("sapt_key" in n for n in compared) and len(compared) > 3
         for name in compared:
             close(theirs[name].grad, pool.get_parameter(name).grad, 1e-3)
 
-    @pytest.mark.parametrize("kind", ["attention", "ridge", "prompt", "torch"])
+    @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("settings", [{}, {"num_beams": 2}])
     def test_generation(family: str, kind: str, settings: dict) -> None:
         pool, batch = pool_of(family, kind), padded(ROWS)
         settings = {"max_new_tokens": 6, "do_sample": False, **settings}
         expected = pool.generate(**batch, **settings)
-        assert torch.equal(copy.deepcopy(pool).cuda().generate(**on_gpu(batch), **settings).cpu(), expected)
+        with on_kernel(kind):
+            assert torch.equal(copy.deepcopy(pool).cuda().generate(**on_gpu(batch), **settings).cpu(), expected)
 
     def test_a_static_cache_gives_the_same_tokens() -> None:
         pool, batch = pool_of("llama", "attention").cuda(), on_gpu(padded(ROWS))
@@ -100,22 +113,22 @@ if torch.cuda.is_available():
         expected = pool.generate(**batch, **settings)
         assert torch.equal(pool.generate(**batch, **settings, cache_implementation="static"), expected)
 
+    @pytest.mark.parametrize("kind", ["triton", "torch"])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_half_precision_bases_keep_float32_blocks(dtype: torch.dtype) -> None:
+    def test_half_precision_bases_keep_float32_blocks(dtype: torch.dtype, kind: str) -> None:
         torch.manual_seed(0)
-        pool = pool_of("llama", "attention")
-        batch, expected = labelled("llama"), None
+        pool, batch = pool_of("llama", kind), labelled("llama")
         with torch.no_grad():
             expected = pool(**batch).logits
         half = copy.deepcopy(pool).cuda()
         for name, parameter in half.named_parameters():
             if ".sapt_" not in name:
                 parameter.data = parameter.data.to(dtype)
-        with torch.no_grad():
+        with torch.no_grad(), on_kernel(kind):
             found = half(**on_gpu(batch)).logits
         assert found.dtype == dtype
         assert float((found.float().cpu() - expected).norm() / expected.norm()) < 0.05
-        with torch.autocast("cuda", dtype):
+        with torch.autocast("cuda", dtype), on_kernel(kind):
             half.train()(**on_gpu(batch)).loss.backward()
         grads = [p.grad for n, p in half.named_parameters() if p.grad is not None]
         assert grads and all(g.dtype == torch.float32 and bool(g.isfinite().all()) for g in grads)
@@ -136,7 +149,8 @@ if torch.cuda.is_available():
                 model=model, args=args, train_dataset=rows_of(task), data_collator=collate, callbacks=[arm],
                 optimizers=create_optimizer(model, args, attention_lr=1e-3),
             )  # fmt: skip
-            run.train()
+            with on_kernel("triton" if bf16 else "torch"):
+                run.train()
             losses = [h["loss"] for h in run.state.log_history if "loss" in h]
             assert losses[-1] < losses[0]
         assert next(model.parameters()).is_cuda and model.committed_tasks == ["a", "b"]
@@ -146,7 +160,10 @@ if torch.cuda.is_available():
         batch = prompts_of("a", seed=3)
         loaded = PeftModel.from_pretrained(copy.deepcopy(model).unload().cpu(), tmp_path / "pool").eval()
         with torch.no_grad():
-            close(model.eval()(**on_gpu(batch)).logits, loaded.cpu()(**batch).logits, 2e-3)
+            found, expected = (m.eval()(**b).logits for m, b in ((model, on_gpu(batch)), (loaded.cpu(), batch)))
+        real = batch["attention_mask"].bool()
+        difference = (found.float().cpu() - expected)[real].norm() / expected[real].norm()
+        assert float(difference) < (2e-2 if bf16 else 1e-3), "under bf16=True the Trainer leaves autocast on"
 
     @pytest.mark.parametrize("kind", ["attention", "prompt"])
     def test_light_loading_goes_to_where_the_base_is(tmp_path, kind: str) -> None:
@@ -197,5 +214,7 @@ if torch.cuda.is_available():
             expected = pool(**batch).logits
             close(torch.compile(pool)(**batch).logits, expected.cpu())
 
-    def test_triton_is_what_auto_means_here() -> None:
-        assert dispatch.choose("auto", torch.device("cuda", 0), torch.bfloat16) == "triton"
+    def test_auto_is_triton_where_it_is_worth_a_launch() -> None:
+        device = torch.device("cuda", 0)
+        assert dispatch.choose("auto", device, torch.bfloat16) == "triton"
+        assert dispatch.choose("auto", device, torch.bfloat16, 1000) == "torch"

@@ -17,6 +17,7 @@ def leaf(*shape: int, grad: bool = True, dtype: torch.dtype = torch.float64) -> 
     return torch.randn(*shape, dtype=dtype).requires_grad_(grad)
 
 
+OP = torch.ops.peft_sapt.gated_lora.default
 FORMS = {
     "frozen and new": lambda: (leaf(12, 7), leaf(12, 5), leaf(6, 7, grad=False), leaf(6, 5, grad=False), leaf(2, 7),
                                leaf(2, 5), leaf(3, 8)),
@@ -28,26 +29,62 @@ FORMS = {
 @pytest.mark.parametrize("old_gradient", [True, False])
 @pytest.mark.parametrize("form", FORMS)
 def test_opcheck(form: str, old_gradient: bool) -> None:
-    passed = torch.library.opcheck(library.gated_lora, (*FORMS[form](), old_gradient, "torch"))
+    passed = torch.library.opcheck(OP, (*FORMS[form](), old_gradient, "torch"))
     assert set(passed.values()) == {"SUCCESS"} and len(passed) >= 4
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_opcheck_of_the_value_alone(form: str) -> None:
     arguments = [None if t is None else t.detach() for t in FORMS[form]()]
-    assert set(torch.library.opcheck(library.gated_lora_value, (*arguments, "torch")).values()) == {"SUCCESS"}
+    op = torch.ops.peft_sapt.gated_lora_value.default
+    assert set(torch.library.opcheck(op, (*arguments, "torch")).values()) == {"SUCCESS"}
 
 
+@pytest.mark.parametrize("call", [library.gated_lora, lambda *given: OP(*given)[0]], ids=["eager", "dispatched"])
 @pytest.mark.parametrize("form", FORMS)
-def test_gradcheck(form: str) -> None:
+def test_gradcheck(form: str, call) -> None:
     given = FORMS[form]()
     tensors = [t for t in given if t is not None]
 
     def op(*inputs: torch.Tensor) -> torch.Tensor:
         rest = iter(inputs)
-        return library.gated_lora(*(None if t is None else next(rest) for t in given), True, "torch")[0]
+        return call(*(None if t is None else next(rest) for t in given), True, "torch")
 
     assert torch.autograd.gradcheck(op, tensors)
+
+
+@pytest.mark.parametrize("old_gradient", [True, False])
+@pytest.mark.parametrize("form", FORMS)
+def test_the_eager_way_is_the_op(form: str, old_gradient: bool) -> None:
+    given = FORMS[form]()
+    tensors = [t for t in given if t is not None and t.requires_grad]
+    mine, op = library.gated_lora(*given, old_gradient, "torch"), OP(*given, old_gradient, "torch")[0]
+    assert torch.equal(mine, op) and type(mine.grad_fn).__name__ == "GatedLoraBackward"
+    for dy in (torch.ones_like(op), torch.rand_like(op)):
+        found, expected = (torch.autograd.grad(y, tensors, dy, retain_graph=True) for y in (mine, op))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_whoever_watches_sees_the_op() -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.add(str(func))
+            return func(*args, **(kwargs or {}))
+
+    seen: set[str] = set()
+    given = FORMS["frozen and new"]()
+    with Watch():
+        library.gated_lora(*given, True, "torch").sum().backward()
+        library.gated_lora_value(*(t.detach() for t in given), "torch")
+    assert {f"peft_sapt.gated_lora{name}.default" for name in ("", "_backward", "_value")} <= seen
+    assert not library.is_plain(fake())
+
+
+def fake() -> torch.Tensor:
+    with torch._subclasses.FakeTensorMode():
+        return torch.empty(2, 2)
 
 
 def layer(dtype: torch.dtype = torch.float32, batch: int = 3, length: int = 4) -> dict[str, torch.Tensor]:

@@ -11,10 +11,18 @@ from . import library, reference, torch_kernel
 from .dispatch import choose, wanted_kernel
 from .gates import rank_gates
 
+FEW_TOKENS = 64  # of a step of generation, up to which two products by torch are as fast as any kernel
+
 
 @torch.compiler.assume_constant_result
-def _chosen(kernel: str, device: torch.device, dtype: torch.dtype) -> str:
+def _compiled(kernel: str, device: torch.device, dtype: torch.dtype) -> str:
     return choose(wanted_kernel(kernel), device, dtype)
+
+
+def _chosen(kernel: str, x: Tensor, base: Tensor) -> str:
+    if torch.compiler.is_compiling():
+        return _compiled(kernel, x.device, x.dtype)
+    return choose(wanted_kernel(kernel), x.device, x.dtype, x.numel() + base.numel())
 
 
 def gated_lora(
@@ -43,7 +51,8 @@ def gated_lora(
         gates: from [`rank_gates`], [B, R_old + r], or with more leading dimensions of x, as [B, S, R_old + r].
         old_gradient: False cuts the gradient through the frozen blocks into ``x``.
         new_x: input of the newest block where it differs from ``x`` (dropout).
-        kernel: 'auto', 'reference', 'torch' or 'triton'; PEFT_SAPT_KERNEL in the environment overrides it.
+        kernel: 'auto', 'reference', 'torch' or 'triton'; PEFT_SAPT_KERNEL in the environment overrides it. See
+            [`dispatch.choose`] for what 'auto' takes.
 
     Raises:
         KernelError: 'triton' is asked for by name and cannot run on these tensors.
@@ -61,7 +70,7 @@ def gated_lora(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, base = x.to(dtype), base.to(dtype)
         old_a, old_b, new_a, new_b = (f if f is None else f.to(dtype) for f in (old_a, old_b, new_a, new_b))
-    name = _chosen(kernel, x.device, x.dtype)
+    name = _chosen(kernel, x, base)
     if name == "reference":
         return _by_definition(x, base, old_a, old_b, new_a, new_b, gates, old_gradient)
     rows = x.reshape(-1, x.shape[-1])  # [N, D]
@@ -69,7 +78,7 @@ def gated_lora(
     gates = gates.reshape(-1, gates.shape[-1])  # [G, R]
     tensors = (x, base, old_a, old_b, new_a, new_b, gates)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        y, _ = library.gated_lora(rows, flat, old_a, old_b, new_a, new_b, gates, old_gradient, name)
+        y = library.gated_lora(rows, flat, old_a, old_b, new_a, new_b, gates, old_gradient, name)
     elif name == "torch":  # without the few microseconds of a custom op, which a token at a time would feel
         h = torch_kernel.shrink(rows, old_a, new_a)
         y = torch_kernel.expand(flat, torch_kernel.gated(h, gates), old_b, new_b)
@@ -83,14 +92,18 @@ def held_lora(x: Tensor, base: Tensor, a: Tensor, b: Tensor, gates: Tensor, kern
 
     Args:
         x: [B, S, D]. base: [B, S, O]. a, b: [R, D] and [R, O]. gates: [B, R].
-        kernel: as in [`gated_lora`]; whatever is not plain torch in one dtype goes there.
+        kernel: as in [`gated_lora`]; for few tokens 'auto' is torch on a GPU too, where launches are what costs.
     """
-    plain = x.dtype == base.dtype == a.dtype and not torch.is_autocast_enabled(x.device.type)
-    if not plain or _chosen(kernel, x.device, x.dtype) != "torch":
+    rows = x.reshape(-1, x.shape[-1])  # [B * S, D]
+    wanted, device = wanted_kernel(kernel), x.device.type
+    short = wanted == "torch" or (wanted == "auto" and (device != "cuda" or len(rows) <= FEW_TOKENS))
+    if not short or x.dtype != a.dtype or torch.is_autocast_enabled(device):
         return gated_lora(x, base, a, b, None, None, gates, kernel=kernel)
-    h = torch.mm(x.reshape(-1, x.shape[-1]), a.mT)  # [B * S, R]
+    h, flat = torch.mm(rows, a.mT), base.reshape(-1, base.shape[-1])  # [B * S, R], [B * S, O]
     h = h.mul_(gates) if len(gates) == len(h) and gates.dtype == h.dtype else torch_kernel.gated(h, gates)
-    return torch.addmm(base.reshape(-1, base.shape[-1]), h, b).view(base.shape)
+    if flat.dtype == h.dtype:
+        return torch.addmm(flat, h, b).view(base.shape)
+    return torch.mm(h, b).add_(flat).to(base.dtype).view(base.shape)
 
 
 def _by_definition(
@@ -137,7 +150,7 @@ def weighted_lora(
         scaling: lora_alpha / r of each of the T tasks.
         old_ranks: ranks of the T - 1 frozen blocks, with sum R_old.
         old_gradient: False cuts the gradient through the frozen blocks into ``x``, as the release does.
-        kernel: 'auto' (Triton on CUDA, else torch), 'reference', 'torch' or 'triton'; the environment variable
+        kernel: 'auto' (Triton on CUDA for large inputs, else torch), 'reference', 'torch' or 'triton'; the environment variable
             PEFT_SAPT_KERNEL overrides it.
 
     Raises:

@@ -73,7 +73,7 @@ def shrink_kernel(
             tl.store(dgate_ptr + row * rank + at, gradient, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])  # a lone token's count would come as a constant, which cannot be widened
 def expand_kernel(
     h_ptr, gate_ptr, old_ptr, new_ptr, base_ptr, y_ptr,
     tokens, length, span, width, old_rank, rank, first,

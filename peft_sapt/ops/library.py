@@ -5,6 +5,9 @@
 float32, with N a multiple of G, to ``y = base + (x A^T * g) B`` [N, O] and ``h = x A^T`` [N, R]. ``h`` is an output
 because a custom op can keep nothing else for its gradient; it takes none itself. Kept are x, h, gates and factors.
 ``peft_sapt::gated_lora_value`` is y alone, without a gradient.
+
+A call through torch's dispatcher costs as much as the products of a small model. Where nothing traces the call,
+[`GatedLora`] computes the same, with the same gradient, without it.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd.function import once_differentiable
 
 from . import torch_kernel
@@ -51,14 +56,17 @@ def _value(x, base, old_a, old_b, new_a, new_b, gates, kernel):  # type: ignore[
 
 
 def _backward(dy, x, h, old_a, old_b, new_a, new_b, gates, old_gradient, needs, kernel):  # type: ignore[no-untyped-def]
+    found = _gradients(dy, x, h, old_a, old_b, new_a, new_b, gates, old_gradient, needs, kernel)
+    return [x.new_empty(0) if grad is None else grad for grad in found]  # an op returns tensors, never None
+
+
+def _gradients(dy, x, h, old_a, old_b, new_a, new_b, gates, old_gradient, needs, kernel):  # type: ignore[no-untyped-def]
     arguments = (dy, x, h, old_a, old_b, new_a, new_b, gates, old_gradient, needs)
     if kernel == "triton":
         from . import triton_kernel
 
-        found = triton_kernel.backward(*arguments)
-    else:
-        found = torch_kernel.backward(*arguments)
-    return [x.new_empty(0) if grad is None else grad for grad in found]  # an op returns tensors, never None
+        return triton_kernel.backward(*arguments)
+    return torch_kernel.backward(*arguments)
 
 
 def _fake_forward(x, base, old_a, old_b, new_a, new_b, gates, old_gradient, kernel):  # type: ignore[no-untyped-def]
@@ -96,6 +104,55 @@ def _differentiate(ctx: Any, dy: Tensor | None, dh: None) -> tuple:
     return grads[0], dy if need_base else None, *grads[1:], None, None
 
 
+class GatedLora(torch.autograd.Function):
+    """``gated_lora`` for plain tensors in an eager call."""
+
+    @staticmethod
+    def forward(ctx, x, base, old_a, old_b, new_a, new_b, gates, old_gradient, kernel):  # type: ignore[no-untyped-def]
+        y, h = _forward(x, base, old_a, old_b, new_a, new_b, gates, old_gradient, kernel)
+        ctx.old_gradient, ctx.kernel = old_gradient, kernel
+        ctx.save_for_backward(x, h, old_a, old_b, new_a, new_b, gates)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        needs = ctx.needs_input_grad
+        found = _gradients(dy, *ctx.saved_tensors, ctx.old_gradient, [needs[0], *needs[2:7]], ctx.kernel)
+        return found[0], dy if needs[1] else None, *found[1:], None, None
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is no tracer's, and no mode or transform of torch wants to see what is called."""
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling():
+        return False
+    return _len_torch_dispatch_stack() == 0 and peek_interpreter_stack() is None
+
+
+def gated_lora(
+    x: Tensor, base: Tensor, old_a: Tensor | None, old_b: Tensor | None, new_a: Tensor | None, new_b: Tensor | None,
+    gates: Tensor, old_gradient: bool, kernel: str,
+) -> Tensor:  # fmt: skip
+    """y with its gradient, on the shortest way that the call allows."""
+    if is_plain(x):
+        return GatedLora.apply(x, base, old_a, old_b, new_a, new_b, gates, old_gradient, kernel)
+    y: Tensor = torch.ops.peft_sapt.gated_lora.default(
+        x, base, old_a, old_b, new_a, new_b, gates, old_gradient, kernel
+    )[0]
+    return y
+
+
+def gated_lora_value(
+    x: Tensor, base: Tensor, old_a: Tensor | None, old_b: Tensor | None, new_a: Tensor | None, new_b: Tensor | None,
+    gates: Tensor, kernel: str,
+) -> Tensor:  # fmt: skip
+    """y without a gradient, likewise."""
+    if is_plain(x):
+        return _value(x, base, old_a, old_b, new_a, new_b, gates, kernel)  # type: ignore[no-any-return]
+    y: Tensor = torch.ops.peft_sapt.gated_lora_value.default(x, base, old_a, old_b, new_a, new_b, gates, kernel)
+    return y
+
+
 _library.impl("gated_lora", _forward, "CompositeExplicitAutograd")
 _library.impl("gated_lora_value", _value, "CompositeExplicitAutograd")
 _library.impl("gated_lora_backward", _backward, "CompositeExplicitAutograd")
@@ -103,6 +160,3 @@ torch.library.register_fake("peft_sapt::gated_lora", _fake_forward, lib=_library
 torch.library.register_fake("peft_sapt::gated_lora_value", _fake_value, lib=_library)
 torch.library.register_fake("peft_sapt::gated_lora_backward", _fake_backward, lib=_library)
 torch.library.register_autograd("peft_sapt::gated_lora", _differentiate, setup_context=_set_up, lib=_library)
-
-gated_lora = torch.ops.peft_sapt.gated_lora.default
-gated_lora_value = torch.ops.peft_sapt.gated_lora_value.default

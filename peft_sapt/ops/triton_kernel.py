@@ -20,9 +20,14 @@ OPTIONS: dict[str, object] = {} if INTERPRETED else {"enable_fp_fusion": True}
 TUNED: dict[tuple, Tile] = {}  # by kernel and shape: the fastest tile, timed once in this process
 
 
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
 def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device, which in a process with several GPUs may be another than the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    here = not tensor.is_cuda or tensor.device.index == torch.cuda.current_device()
+    return nullcontext() if here else torch.cuda.device(tensor.device)
 
 
 class Factor(NamedTuple):
@@ -44,10 +49,11 @@ def factor_of(old: Tensor | None, new: Tensor | None) -> Factor:
 def shared(factor: Factor, *others: Tensor) -> dict[str, object]:
     """Compile-time settings: whether rows start at 16 bytes, how floats multiply, the interpreter's bfloat16."""
     x = factor.new
-    starts = [t.data_ptr() for t in (factor.old, factor.new, *others)] + [factor.width * x.element_size()]
-    tf32 = torch.get_float32_matmul_precision() != "highest"
+    aligned = factor.width * x.element_size() % 16 == 0 and factor.old.data_ptr() % 16 == 0 and x.data_ptr() % 16 == 0
+    aligned = aligned and all(t.data_ptr() % 16 == 0 for t in others)
+    tf32 = x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     return {
-        "ALIGNED": all(start % 16 == 0 for start in starts),
+        "ALIGNED": aligned,
         "WIDEN": INTERPRETED and x.dtype == torch.bfloat16,
         "PRECISION": "tf32" if tf32 else "ieee",
     }
@@ -82,9 +88,9 @@ def shrink(
     settings = shared(factor, x)
 
     def run(tile: Tile) -> tuple[Tensor, Tensor | None]:
-        row_tiles, rank_tiles = triton.cdiv(length, tile.m), triton.cdiv(rank, tile.r)
+        row_tiles, rank_tiles = cdiv(length, tile.m), cdiv(rank, tile.r)
         parts = tiles.splits(count * row_tiles * rank_tiles, factor.width, tile.other) if split else 1
-        split_width = triton.cdiv(triton.cdiv(factor.width, parts), tile.other) * tile.other
+        split_width = cdiv(cdiv(factor.width, parts), tile.other) * tile.other
         h = x.new_empty(parts, tokens, rank, dtype=torch.float32 if parts > 1 else x.dtype)
         mode = 0 if saved is None else 2 if per_row else 1
         rows = (0, count * row_tiles, tokens)[mode]
@@ -118,7 +124,7 @@ def expand(
 
     def run(tile: Tile) -> Tensor:
         y = torch.empty(tokens, factor.width, device=h.device, dtype=dtype)
-        grid = (count * triton.cdiv(length, tile.m), triton.cdiv(factor.width, tile.other))
+        grid = (count * cdiv(length, tile.m), cdiv(factor.width, tile.other))
         kernels.expand_kernel[grid](
             h, gates, factor.old, factor.new, y if base is None else base, y,
             tokens, length, tokens // groups if groups else 1, factor.width, factor.old_rank, factor.rank, first,
@@ -135,9 +141,9 @@ def block_gradient(c: Tensor, gates: Tensor, x: Tensor, first: int, count: int, 
     """``(c * g)^T x`` over ``count`` columns of c [N, R] from ``first`` on; x [N, D] -> [count, D]."""
     tokens, width = x.shape
     tile = tile or tiles.candidates("block_gradient", x.element_size(), tokens, count)[0]
-    grid = (triton.cdiv(width, tile.other), triton.cdiv(count, tile.r))
+    grid = (cdiv(width, tile.other), cdiv(count, tile.r))
     parts = tiles.splits(grid[0] * grid[1], tokens, tile.m)
-    split_tokens = triton.cdiv(triton.cdiv(tokens, parts), tile.m) * tile.m
+    split_tokens = cdiv(cdiv(tokens, parts), tile.m) * tile.m
     out = torch.empty(parts, count, width, device=x.device, dtype=torch.float32)
     kernels.block_gradient_kernel[(*grid, parts)](
         c, gates, x, out, tokens, tokens // gates.shape[0], width, c.shape[1], first, count, split_tokens,
