@@ -225,7 +225,9 @@ def main() -> None:
     found = job(args, base)
     if args.json:
         settings = {k: str(v) for k, v in vars(args).items()}
-        args.json.write_text(json.dumps({"settings": settings, "seconds": found}, indent=1), encoding="utf-8")
+        args.json.write_text(
+            json.dumps({"settings": settings, "where": where(), "seconds": found}, indent=1), encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -132,7 +132,9 @@ def main() -> None:
         found[str(count)] = {"seconds": times, "saved_bytes": saved}
         del models, pool, released
     if args.json:
-        args.json.write_text(json.dumps({"settings": {**vars(args), "json": None}, "tasks": found}, indent=1))
+        args.json.write_text(
+            json.dumps({"settings": {**vars(args), "json": None}, "where": where(), "tasks": found}, indent=1)
+        )
 
 
 if __name__ == "__main__":

@@ -131,8 +131,8 @@ class SaptConfig(ConfigFile):
     kernel: str = field(
         default="auto",
         metadata={
-            "help": "Implementation of the weighted sum: 'auto' (Triton on CUDA for large inputs, else torch), "
-            "'reference', 'torch' or 'triton'. The environment variable PEFT_SAPT_KERNEL overrides it."
+            "help": "Implementation of the weighted sum: 'auto' (Triton on CUDA, else torch), 'reference', 'torch' or "
+            "'triton'. The environment variable PEFT_SAPT_KERNEL overrides it."
         },
     )
     use_rslora: bool = field(default=False, metadata={"help": "Scale blocks by lora_alpha / sqrt(r) instead."})

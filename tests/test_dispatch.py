@@ -55,12 +55,6 @@ def test_a_gpu_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch, caplog:
     dispatch.why_not_triton.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     assert dispatch.choose("auto", torch.device("cuda", 0), torch.float16) == "triton"
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    few = dispatch.WORTH_LAUNCHING - 1
-    assert dispatch.choose("auto", torch.device("cuda", 0), torch.float16, few) == "torch", "launches would cost more"
-    assert dispatch.choose("triton", torch.device("cuda", 0), torch.float16, few) == "triton", "by name it is obeyed"
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert dispatch.choose("auto", torch.device("cuda", 0), torch.float16, few) == "triton"
 
 
 def test_the_environment_overrides(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -50,3 +51,37 @@ def test_every_table_is_shown() -> None:
 
     guides = (RESULTS / "README.md").read_text() + (ROOT / "README.md").read_text()
     assert set(tables(RESULTS)) == set(re.findall(r"<!-- table ([\w ]+) -->", guides))
+
+
+def test_the_gpus_times_are_those_of_the_raw_files() -> None:
+    """Medians of the quotients with plain LoRA, round by round."""
+    guide, readme = ((ROOT / name).read_text() for name in ("peft_sapt/ops/README.md", "README.md"))
+
+    def ratio(path: str, name: str, turned: bool = False) -> str:
+        found = json.loads((RESULTS / "h200" / path).read_text())
+        times = found["seconds"]["fast"] if turned else found["tasks"]["15"]["seconds"]
+        pairs = list(zip(times[name], times["plain LoRA"], strict=True))
+        low, middle, high = np.array(statistics.quantiles([b / a if turned else a / b for a, b in pairs], n=4))
+        return f"{middle:.3f} ({low:.3f} to {high:.3f})" if turned else f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+    small, large = "step_llama-1b.json", "step_llama-7b.json"
+    rows = {
+        "pool, by Triton": (ratio(small, "pool, kernel triton"), ratio(large, "pool")),
+        "pool, by torch": (ratio(small, "pool"), ratio(large, "pool, kernel torch")),
+        "naive loop of the release": (ratio(small, "naive loop"), "not run"),
+        "pool": ("480", ratio("generate_llama-1b.json", "pool", turned=True)),
+        "Arrow": ("255", ratio("generate_llama-1b.json", "Arrow", turned=True)),
+    }
+    for name, (first, second) in rows.items():
+        assert f"| {name} | {first} | {second} |" in guide, (name, first, second)
+    first, second = (cell.split()[0] for cell in rows["pool, by Triton"])
+    assert (
+        f"(`--model llama-1b`, `llama-7b`) | {first}, {second} | {rows['naive loop of the release'][0][:4]} |"
+        in readme
+    )
+    errors: dict[str, float] = {}
+    for result in json.loads((RESULTS / "h200" / "kernels.json").read_text())["numerics"]:
+        assert result["ok"] and max(result["errors"].values()) <= result["limit"]
+        errors[result["dtype"]] = max(errors.get(result["dtype"], 0.0), *result["errors"].values())
+    shown = " | ".join(f"{errors[name]:.1e}" for name in ("float32", "float16", "bfloat16"))
+    assert f"| Triton, H200 | {shown} |" in guide

@@ -34,8 +34,9 @@ def print_errors(kernel: str, where: str, results: list[dict[str, Any]]) -> bool
             for name, error in result["errors"].items():
                 short = "each tile" if "(" in name else name
                 worst[short] = max(error, worst.get(short, 0.0))
-        limit = next(r["limit"] for r in results if r["dtype"] == dtype)
-        print(f"  {dtype} (limit {limit:g}): " + ", ".join(f"{name} {error:.1e}" for name, error in worst.items()))
+        limits = sorted({r["limit"] for r in results if r["dtype"] == dtype})
+        shown = f"{limits[0]:g}" if len(limits) == 1 else f"{limits[0]:.1g} to {limits[-1]:.1g} by size"
+        print(f"  {dtype} (limit {shown}): " + ", ".join(f"{name} {error:.1e}" for name, error in worst.items()))
     for result in results:
         if not result["ok"]:
             print(f"  FAILED: {result['dtype']}, {result['case']}: {result['errors']}")

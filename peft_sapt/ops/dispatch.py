@@ -14,9 +14,6 @@ from ..errors import KernelError
 logger = logging.getLogger(__name__)
 KERNELS = ("auto", "reference", "torch", "triton")
 VARIABLE = "PEFT_SAPT_KERNEL"
-# numbers in x and y below which an eager call spends more on a GPU's launches than Triton saves there: on an H200 a step
-# of a model of 1.2 billion parameters (2^24) is faster by torch, one of 6.7 billion (2^25) by Triton
-WORTH_LAUNCHING = 2**25
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -29,12 +26,8 @@ def wanted_kernel(given: str) -> str:
     return name
 
 
-def choose(name: str, device: torch.device, dtype: torch.dtype, numbers: int = WORTH_LAUNCHING) -> str:
+def choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """'reference', 'torch' or 'triton' for tensors of this kind.
-
-    Args:
-        numbers: how many x and y have. 'auto' leaves few of them to torch, unless a compiler or a CUDA graph, which
-            launch for nothing, will have the call.
 
     Raises:
         KernelError: 'triton' was asked for by name and cannot run here; the message has the reason.
@@ -43,8 +36,7 @@ def choose(name: str, device: torch.device, dtype: torch.dtype, numbers: int = W
         return name
     reason = why_not_triton(device.type, device.index, dtype)
     if reason is None:
-        few = name == "auto" and device.type == "cuda" and numbers < WORTH_LAUNCHING
-        return "torch" if few and not torch.cuda.is_current_stream_capturing() else "triton"
+        return "triton"
     if name == "triton":
         raise KernelError(f"The triton kernel was asked for, but {reason} Use kernel='auto' or 'torch' instead.")
     say_once(device.type, reason)

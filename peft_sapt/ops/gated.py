@@ -15,14 +15,8 @@ FEW_TOKENS = 64  # of a step of generation, up to which two products by torch ar
 
 
 @torch.compiler.assume_constant_result
-def _compiled(kernel: str, device: torch.device, dtype: torch.dtype) -> str:
+def _chosen(kernel: str, device: torch.device, dtype: torch.dtype) -> str:
     return choose(wanted_kernel(kernel), device, dtype)
-
-
-def _chosen(kernel: str, x: Tensor, base: Tensor) -> str:
-    if torch.compiler.is_compiling():
-        return _compiled(kernel, x.device, x.dtype)
-    return choose(wanted_kernel(kernel), x.device, x.dtype, x.numel() + base.numel())
 
 
 def gated_lora(
@@ -51,8 +45,7 @@ def gated_lora(
         gates: from [`rank_gates`], [B, R_old + r], or with more leading dimensions of x, as [B, S, R_old + r].
         old_gradient: False cuts the gradient through the frozen blocks into ``x``.
         new_x: input of the newest block where it differs from ``x`` (dropout).
-        kernel: 'auto', 'reference', 'torch' or 'triton'; PEFT_SAPT_KERNEL in the environment overrides it. See
-            [`dispatch.choose`] for what 'auto' takes.
+        kernel: 'auto', 'reference', 'torch' or 'triton'; PEFT_SAPT_KERNEL in the environment overrides it.
 
     Raises:
         KernelError: 'triton' is asked for by name and cannot run on these tensors.
@@ -70,7 +63,7 @@ def gated_lora(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, base = x.to(dtype), base.to(dtype)
         old_a, old_b, new_a, new_b = (f if f is None else f.to(dtype) for f in (old_a, old_b, new_a, new_b))
-    name = _chosen(kernel, x, base)
+    name = _chosen(kernel, x.device, x.dtype)
     if name == "reference":
         return _by_definition(x, base, old_a, old_b, new_a, new_b, gates, old_gradient)
     rows = x.reshape(-1, x.shape[-1])  # [N, D]
@@ -150,7 +143,7 @@ def weighted_lora(
         scaling: lora_alpha / r of each of the T tasks.
         old_ranks: ranks of the T - 1 frozen blocks, with sum R_old.
         old_gradient: False cuts the gradient through the frozen blocks into ``x``, as the release does.
-        kernel: 'auto' (Triton on CUDA for large inputs, else torch), 'reference', 'torch' or 'triton'; the environment variable
+        kernel: 'auto' (Triton on CUDA, else torch), 'reference', 'torch' or 'triton'; the environment variable
             PEFT_SAPT_KERNEL overrides it.
 
     Raises:
