@@ -65,6 +65,15 @@ def test_other_settings_are_not_mixed_in(tmp_path) -> None:
         is_done(runs[0].path(tmp_path / "out"), bench, replace(runs[0], seed=runs[0].seed + 1))
     with pytest.raises(StreamError, match=r"other settings \(method\)"):
         is_done(runs[0].path(tmp_path / "out"), bench, replace(runs[0], method="sapt"))
+    other = tiny_bench(tmp_path)
+    with torch.no_grad():
+        for layer in other.base.model.layers:
+            layer.mlp.down_proj.weight += 0.1
+    with pytest.raises(StreamError, match=r"other settings \(numbers\)"):
+        is_done(runs[0].path(tmp_path / "out"), other, runs[0])
+    other.base = tiny_bench(tmp_path).base.bfloat16()
+    with pytest.raises(StreamError, match=r"dtype"):
+        is_done(runs[0].path(tmp_path / "out"), other, runs[0])
     bench.budget.lr = 1.0
     with pytest.raises(StreamError, match=r"sequential.listed.0.json was made with other settings \(budget\)"):
         run_grid(bench, runs, tmp_path / "out", {})

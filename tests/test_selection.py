@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from tiny import assert_real_pool, build_pool, padded, token_rows
 from transformers import LogitsProcessor
 
+from peft_sapt import layer as layer_module
 from peft_sapt.layer import SaptLayer
-from peft_sapt.mixture import STACK_AT_MOST
+from peft_sapt.mixture import STACK_AT_MOST, Mixture
 from peft_sapt.ops import reference
 from peft_sapt.ops.bound import block_norms, dropped_bound
 from peft_sapt.routing import KEPT
@@ -280,6 +281,24 @@ def test_a_large_pool_is_not_stored_twice(count: int, stacked: bool) -> None:
     pool.generate(**prompts, max_new_tokens=2, logits_processor=[look])
     layers = sum(isinstance(m, SaptLayer) for m in pool.modules())
     assert set(seen) == {layers if stacked else 0}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_makes_its_stack_once(dtype: torch.dtype, monkeypatch) -> None:
+    """Also where the base is bfloat16 and blocks are float32, and the tokens are those of the long way."""
+    pool = build_pool("llama", ["a", "b", "c"]).eval()
+    for name, parameter in pool.named_parameters():
+        if ".sapt_" not in name:
+            parameter.data = parameter.data.to(dtype)
+    made, short, prompts = [], [], padded(token_rows([6, 6]))
+    factors, held = Mixture.factors, layer_module.held_lora
+    monkeypatch.setattr(Mixture, "factors", lambda *a: made.append(0) or factors(*a))
+    monkeypatch.setattr(layer_module, "held_lora", lambda *a: short.append(a[1].dtype) or held(*a))
+    tokens = pool.generate(**prompts, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    layers = sum(isinstance(m, SaptLayer) for m in pool.modules())
+    assert len(made) == layers and short == [dtype] * (4 * layers)
+    monkeypatch.setattr("peft_sapt.mixture.STACK_AT_MOST", 0)
+    assert torch.equal(pool.generate(**prompts, max_new_tokens=5, min_new_tokens=5, do_sample=False), tokens)
 
 
 @pytest.mark.parametrize("ranks", [[2, 3, 4], [5, 2, 1]])

@@ -22,6 +22,8 @@ from tqdm.auto import tqdm
 
 from ..errors import StreamError
 from ..files import write_atomically
+from ..fingerprint import fingerprint as numbers_of
+from ..fingerprint import short_print
 from .learner import Bench
 from .method import Method, learn_stream
 from .methods import METHODS, alone_of
@@ -153,6 +155,7 @@ def settings_of(bench: Bench) -> dict[str, Any]:
         "style": asdict(bench.style),
         "metric": bench.score.__name__,
         "model": base_fingerprint(bench.base),
+        "numbers": short_print(numbers_of(bench.base)),
         "split": bench.split,
         "test_rows": bench.test_rows,
         "rows": dict(sorted(rows.items())),
@@ -175,6 +178,7 @@ def is_done(path: Path, own: Bench, run: Run) -> bool:
     found = json.loads(path.read_text(encoding="utf-8"))
     known = {**found["settings"], **{key: found.get(key) for key in RUN}}
     wanted = {**settings_of(own), **{key: value for key, value in asdict(run).items() if key in RUN}}
+    known.setdefault("numbers", wanted["numbers"])  # which older results do not have
     differing = sorted(key for key in wanted if known.get(key) != wanted[key])
     if differing:
         raise StreamError(
