@@ -89,6 +89,32 @@ def test_the_check_without_a_gpu(tmp_path: Path) -> None:
     assert [row for row in rows if row not in readme] == []
 
 
+@pytest.mark.parametrize("kernel", ["shrink", "expand", "block_gradient"])
+def test_a_launch_with_ones_compiles(kernel: str) -> None:
+    """One token, one rank: in the interpreter they are numbers like others, on a GPU constants without methods."""
+    run = subprocess.run([sys.executable, "-c", ONES.format(kernel=kernel)], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stdout + run.stderr[-2000:]
+    assert ("needed" in run.stdout) == (kernel == "expand")
+
+
+ONES = """
+import triton
+from triton.backends.compiler import GPUTarget
+from peft_sapt.ops import compile_gate, kernels
+
+function = kernels.{kernel}_kernel
+own = [v for v in compile_gate.variants() if v.kernel == {kernel!r} and v.dtype == "bf16"]
+variant = max(own, key=lambda v: dict(v.settings).get("SPLITS", 1))
+target = GPUTarget("cuda", 90, 32)
+triton.compile(compile_gate.source_of(function, variant, ones=True), target=target)
+free = triton.jit(function.fn)  # without what the kernel keeps from Triton
+try:
+    triton.compile(compile_gate.source_of(free, variant, ones=True), target=target)
+except triton.CompilationError:
+    print("needed")
+"""
+
+
 def test_the_readme_has_the_floors() -> None:
     readme = (ROOT / "peft_sapt" / "ops" / "README.md").read_text(encoding="utf-8")
     assert floors.tables() in readme

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .tiles import TILES, Tile
 
@@ -81,19 +81,21 @@ def variants() -> Iterator[Variant]:
                         yield Variant(kernel, dtype, tile, tuple(mode.items()), precision)
 
 
-def compile_variant(variant: Variant, architecture: int) -> Compiled:
-    """One cubin, and what cuobjdump says of it."""
-    import triton
-    from triton.backends.compiler import GPUTarget
+def source_of(function: Any, variant: Variant, ones: bool = False) -> Any:
+    """What Triton compiles for a variant of ``function``.
+
+    Args:
+        ones: as for a launch with 1 for every integer. Triton makes a constant of a 1, unless the kernel forbids it.
+    """
     from triton.compiler import ASTSource
 
-    from . import kernels
-
-    function = getattr(kernels, f"{variant.kernel}_kernel")
     modes = dict(variant.settings)
     blocks = {"BLOCK_M": variant.tile.m, "BLOCK_R": variant.tile.r}
     blocks["BLOCK_K" if variant.kernel == "shrink" else "BLOCK_N"] = variant.tile.other
-    constants = {**modes, **blocks, "ALIGNED": True, "WIDEN": False, "PRECISION": variant.precision}
+    constants = {**modes, **blocks, "ALIGNED": not ones, "WIDEN": False, "PRECISION": variant.precision}
+    if ones:
+        integers = [p for p in function.params if not p.name.endswith("_ptr") and p.name not in constants]
+        constants |= {p.name: 1 for p in integers if not p.do_not_specialize}
     signature, aligned = {}, {}
     for position, name in enumerate(function.arg_names):
         if name in constants:
@@ -106,9 +108,19 @@ def compile_variant(variant: Variant, architecture: int) -> Compiled:
                 signature[name] = f"*{variant.dtype}"
         else:
             signature[name] = "i32"
-        if name.endswith("_ptr") or name in ("width", "split_width", "split_tokens"):
+        if not ones and (name.endswith("_ptr") or name in ("width", "split_width", "split_tokens")):
             aligned[(position,)] = [["tt.divisibility", 16]]
-    source = ASTSource(function, signature, constants, aligned)
+    return ASTSource(function, signature, constants, aligned)
+
+
+def compile_variant(variant: Variant, architecture: int) -> Compiled:
+    """One cubin, and what cuobjdump says of it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from . import kernels
+
+    source = source_of(getattr(kernels, f"{variant.kernel}_kernel"), variant)
     options = {"num_warps": variant.tile.warps, "num_stages": variant.tile.stages, "enable_fp_fusion": True}
     built = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     return _read(variant, architecture, built.asm["cubin"], built.metadata.shared)
