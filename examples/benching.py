@@ -6,6 +6,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from unittest import mock
 
 import torch
 from torch import nn
@@ -43,11 +44,8 @@ def with_kernel(name: str, run: Callable[[], object]) -> Callable[[], None]:
     """``run`` with another implementation of the op."""
 
     def other() -> None:
-        os.environ["PEFT_SAPT_KERNEL"] = name
-        try:
+        with mock.patch.dict(os.environ, PEFT_SAPT_KERNEL=name):
             run()
-        finally:
-            del os.environ["PEFT_SAPT_KERNEL"]
 
     return other
 

@@ -32,7 +32,8 @@ class Conversation:
         self.turns: list[dict[str, str]] = []
         self.weights: dict[str, float] = {}
         self.cache = DynamicCache(config=self.served.model.config)
-        self.ids, self.read = torch.zeros(1, 0, dtype=torch.long), ""  # what the cache holds, as tokens and as text
+        self.ids = torch.zeros(1, 0, dtype=torch.long, device=self.served.model.device)  # what the cache holds,
+        self.read = ""  # and as text
 
     def text(self) -> str:
         """The conversation so far as the model reads it."""

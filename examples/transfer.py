@@ -17,7 +17,7 @@ from pathlib import Path
 
 from settings import make_parser, set_up
 
-from peft_sapt.continual.grid import held, settings_of, text_of
+from peft_sapt.continual.grid import differences, held, settings_of, text_of
 from peft_sapt.continual.learner import Bench
 from peft_sapt.continual.provenance import commit
 from peft_sapt.continual.transfer import ARMS, Few, gain_over_alone, transfer
@@ -35,8 +35,9 @@ def run(bench: Bench, pair: tuple[str, str], seed: int, few: Few, arms: list[str
     with held(path) as mine:
         if path.exists():
             known = json.loads(path.read_text(encoding="utf-8"))
-            if known["settings"] != settings:
-                raise StreamError(f"{path} was made with other settings: give another --name, or delete it.")
+            other = differences(known["settings"], settings)
+            if other:
+                raise StreamError(f"{path} was made with other settings {other}: give another --name, or delete it.")
             return known
         if not mine:
             return None

@@ -1,6 +1,7 @@
 """On a GPU: what a CPU computes, by the kernels, by whole models, and through a stream of tasks. Without one: nothing.
 
-The tests are defined only where there is a GPU, so that a machine without one has no skipped ones to explain.
+The tests are defined only where there is a GPU, so that a machine without one has no skipped ones to explain. Beside
+them test_cli.py and test_serving.py have their models on the GPU where there is one.
 """
 
 from __future__ import annotations

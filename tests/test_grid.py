@@ -12,7 +12,7 @@ import torch
 from test_arm import tokenizer as make_tokenizer
 from tiny import tiny_llama
 
-from peft_sapt.continual.grid import Run, held, is_done, run_grid, runs_of
+from peft_sapt.continual.grid import Run, differences, held, is_done, run_grid, runs_of, settings_of
 from peft_sapt.continual.learner import Bench, Budget
 from peft_sapt.continual.prompts import PromptStyle
 from peft_sapt.continual.scoring import exact_match
@@ -72,8 +72,13 @@ def test_other_settings_are_not_mixed_in(tmp_path) -> None:
     with pytest.raises(StreamError, match=r"other settings \(numbers\)"):
         is_done(runs[0].path(tmp_path / "out"), other, runs[0])
     other.base = tiny_bench(tmp_path).base.bfloat16()
-    with pytest.raises(StreamError, match=r"dtype"):
+    with pytest.raises(StreamError, match=r"settings \(dtype"):
         is_done(runs[0].path(tmp_path / "out"), other, runs[0])
+    wanted = settings_of(bench)
+    assert differences({k: v for k, v in wanted.items() if k not in ("dtype", "numbers")}, wanted) == [], (
+        "an older one"
+    )
+    assert differences(settings_of(other), wanted) == ["dtype", "model", "numbers"], "nor the other way round"
     bench.budget.lr = 1.0
     with pytest.raises(StreamError, match=r"sequential.listed.0.json was made with other settings \(budget\)"):
         run_grid(bench, runs, tmp_path / "out", {})

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from peft_sapt.ops import library, weighted_lora
@@ -80,6 +81,22 @@ def test_whoever_watches_sees_the_op() -> None:
         library.gated_lora_value(*(t.detach() for t in given), "torch")
     assert {f"peft_sapt.gated_lora{name}.default" for name in ("", "_backward", "_value")} <= seen
     assert not library.is_plain(fake())
+
+
+def test_tracers_below_the_dispatcher_see_the_op_too(tmp_path) -> None:
+    given = FORMS["frozen and new"]()
+
+    def call(*tensors: torch.Tensor) -> torch.Tensor:
+        return library.gated_lora(*tensors, False, "torch")
+
+    traced = torch.jit.trace(call, given, check_trace=False)
+    traced.save(str(tmp_path / "traced.pt"))
+    assert torch.equal(torch.jit.load(str(tmp_path / "traced.pt"))(*given), call(*given))
+    graph = make_fx(call, pre_dispatch=True)(*given)
+    assert "peft_sapt.gated_lora.default" in graph.code
+    dy = torch.rand_like(given[1])
+    found, expected = (torch.autograd.grad(f(*given), given[0], dy)[0] for f in (graph, call))
+    torch.testing.assert_close(found, expected)
 
 
 def fake() -> torch.Tensor:

@@ -100,6 +100,9 @@ def test_labels_that_a_cut_makes_alike_are_refused_and_cut_answers_are_told() ->
     tokenizer = make_tokenizer()
     with pytest.raises(StreamError, match=r"'w10 w11 w12' and 'w10 w11 w13' are the same in their first 2 tokens"):
         Labels(tokenizer, ["w10 w11 w12", "w10 w11 w13"], max_answer=3)
+    assert Labels(tokenizer, ["w10", "w10 "], max_answer=9).text(torch.tensor([10, 2])) == "w10", (
+        "no cut makes these so"
+    )
     rows = [{"output": [text]} for text in ("w10", "w10 w11", "w10 w11 w12")]
     with pytest.warns(UserWarning, match=r"1 of 3 answers of task 'a' are cut to 2 tokens, as 'w10 w11 w12'"):
         warn_of_cut_answers(tokenizer, "a", rows, max_answer=3)

@@ -122,6 +122,6 @@ def test_a_label_of_zero_is_an_answer(tmp_path) -> None:
     rows = [{"text": "x", "label": 0}]
     stream = from_splits({"a": dict.fromkeys(SPLITS, rows)}, input="text", output="label")
     assert stream["a"]["train"][0]["output"] == [0]
-    for empty in ("", [], None):
+    for empty in ("", [], (), {}, None):
         with pytest.raises(StreamError, match='lacks "input" or "output"'):
             from_splits({"a": {split: [{"input": "x", "output": empty}] for split in SPLITS}})

@@ -151,7 +151,7 @@ def settings_of(bench: Bench) -> dict[str, Any]:
     dtype = str(next(bench.base.parameters()).dtype).removeprefix("torch.")
     return {
         "budget": budget,
-        **({} if dtype == "float32" else {"dtype": dtype}),
+        "dtype": dtype,
         "style": asdict(bench.style),
         "metric": bench.score.__name__,
         "model": base_fingerprint(bench.base),
@@ -178,14 +178,20 @@ def is_done(path: Path, own: Bench, run: Run) -> bool:
     found = json.loads(path.read_text(encoding="utf-8"))
     known = {**found["settings"], **{key: found.get(key) for key in RUN}}
     wanted = {**settings_of(own), **{key: value for key, value in asdict(run).items() if key in RUN}}
-    known.setdefault("numbers", wanted["numbers"])  # which older results do not have
-    differing = sorted(key for key in wanted if known.get(key) != wanted[key])
+    differing = differences(known, wanted)
     if differing:
         raise StreamError(
             f"{path} was made with other settings ({', '.join(differing)}): give another folder or benchmark name, or "
             "delete the file to run it again."
         )
     return True
+
+
+def differences(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Names of the settings in which a stored result and a run differ, sorted."""
+    older = {"dtype": "float32", "numbers": wanted["numbers"]}  # what results say nothing of that have neither
+    stored = {**older, **known}
+    return sorted(key for key in wanted if stored.get(key) != wanted[key])
 
 
 def text_of(result: dict[str, Any]) -> bytes:

@@ -70,7 +70,7 @@ class Labels:
         for label in labels:
             tokens = answer_ids(tokenizer, label, max_answer)
             other = self.by_tokens.setdefault(tuple(tokens), label)
-            if other != label:
+            if _tokens(tokenizer, other) != _tokens(tokenizer, label):
                 raise StreamError(
                     f"The labels {other!r} and {label!r} are the same in their first {max_answer - 1} tokens, where "
                     "answers are cut: raise --max-answer."

@@ -129,7 +129,7 @@ def bounded(lines: IO[str]) -> Iterator[str]:
 
 def checked(row: Any, where: str) -> Row:
     """``row`` with a list of outputs and an instruction; raises [`StreamError`] if it has no input or no output."""
-    if not isinstance(row, Mapping) or "input" not in row or row.get("output") in (None, "", []):
+    if not isinstance(row, Mapping) or "input" not in row or is_empty(row.get("output")):
         raise StreamError(f'{where} lacks "input" or "output": it is {str(row)[:120]}.')
     output = row["output"]
     return {
@@ -137,6 +137,11 @@ def checked(row: Any, where: str) -> Row:
         "instruction": row.get("instruction") or "",
         "output": output if isinstance(output, list) else [output],
     }
+
+
+def is_empty(output: Any) -> bool:
+    """Whether there is no answer; a label of 0 is one."""
+    return output is None or (hasattr(output, "__len__") and len(output) == 0)
 
 
 def fingerprint(stream: Stream) -> str:

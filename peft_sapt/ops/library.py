@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _len_torch_dispatch_stack
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack
 from torch._C._functorch import peek_interpreter_stack
+from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.autograd.function import once_differentiable
 
 from . import torch_kernel
@@ -126,7 +127,8 @@ def is_plain(tensor: Tensor) -> bool:
     """Whether ``tensor`` is no tracer's, and no mode or transform of torch wants to see what is called."""
     if type(tensor) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling():
         return False
-    return _len_torch_dispatch_stack() == 0 and peek_interpreter_stack() is None
+    watched = _len_torch_dispatch_stack() or _len_torch_dispatch_stack_pre_dispatch() or _get_tracing_state()
+    return not watched and peek_interpreter_stack() is None
 
 
 def gated_lora(
