@@ -70,16 +70,9 @@ class SaptLayer(PoolModule):
             self.sapt_dropout[adapter] = nn.Dropout(config.lora_dropout)
         self._move_adapter_to_device_of_base_layer(adapter)
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Move the adapter, but never cast it: PEFT's own version would round frozen blocks to the base's dtype."""
-        if device is None:
-            device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        for name in self.adapter_layer_names + self.other_param_names:
-            containers = getattr(self, name)
-            if device is None or adapter_name not in containers:
-                continue
-            if not any(p.device.type == "meta" for p in containers[adapter_name].parameters()):
-                containers[adapter_name].to(device)
+    def home(self) -> torch.device | None:
+        device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        return device
 
     def cast_adapter(self, adapter: str) -> None:
         """Give the blocks the number type of the base layer, if that is a floating one."""

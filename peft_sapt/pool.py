@@ -72,6 +72,20 @@ class PoolModule(BaseTunerLayer):
     def start_at(self, adapter: str, shares: Tensor) -> None:
         """Start the newest block at the mixture of the older ones with ``shares`` [T - 1]."""
 
+    def home(self) -> torch.device | None:
+        """The device that the parts belong on; None if that is not known."""
+        raise NotImplementedError
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move the adapter, but never cast it: PEFT's own version would round frozen parts to the base's dtype."""
+        device = self.home() if device is None else device
+        for name in self.adapter_layer_names + self.other_param_names:
+            containers = getattr(self, name)
+            if device is None or adapter_name not in containers:
+                continue
+            if not any(p.device.type == "meta" for p in containers[adapter_name].parameters()):
+                containers[adapter_name].to(device)
+
     def holds(self, adapter: str) -> bool:
         return adapter in getattr(self, next(iter(self.stacks)))
 
@@ -142,16 +156,6 @@ class FreePoolModule(nn.Module, PoolModule):
     @property
     def bias(self) -> None:
         return None
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Move the adapter to ``device``, by default to where the base model's embeddings are."""
-        device = self.home() if device is None else device
-        for name in self.adapter_layer_names + self.other_param_names:
-            containers = getattr(self, name)
-            if device is None or adapter_name not in containers:
-                continue
-            if not any(p.device.type == "meta" for p in containers[adapter_name].parameters()):
-                containers[adapter_name].to(device)
 
     def home(self) -> torch.device | None:
         """The device of the base model's embeddings, or of its first parameter; None while there is no base."""

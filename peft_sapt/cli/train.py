@@ -9,7 +9,6 @@ from typing import Any
 
 import click
 
-from ..continual.bounds import Base
 from ..continual.grid import Run, do, is_done, of_run, runs_of, text_of
 from ..continual.learner import Budget
 from ..continual.methods import LABELS
@@ -54,8 +53,7 @@ def command(ctx: click.Context, dry_run: bool, **_: Any) -> None:
             return
         training.out.mkdir(parents=True, exist_ok=True)
         result, method = do(bench, run, {"model": data.model})
-        if not isinstance(method, Base):  # which has learned nothing
-            method.save(training.out / "model")
+        method.save(training.out / "model")
         write_atomically(path, text_of(result))  # last: its being there says that all is
     show(run, result)
     click.echo(f"Results: {path}")

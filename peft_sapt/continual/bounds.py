@@ -26,6 +26,9 @@ class Base(Method):
     def learn(self, name: str) -> None:
         pass
 
+    def save(self, folder: Any) -> None:
+        """Nothing was learned, so nothing is written."""
+
 
 class Sequential(Method):
     """One LoRA, trained on task after task."""

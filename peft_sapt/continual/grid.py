@@ -177,7 +177,7 @@ def is_done(path: Path, own: Bench, run: Run) -> bool:
         return False
     found = json.loads(path.read_text(encoding="utf-8"))
     known = {**found["settings"], **{key: found.get(key) for key in RUN}}
-    wanted = {**settings_of(own), **{key: value for key, value in asdict(run).items() if key in RUN}}
+    wanted = {**settings_of(own), **{key: getattr(run, key) for key in RUN}}
     differing = differences(known, wanted)
     if differing:
         raise StreamError(

@@ -11,6 +11,7 @@ import argparse
 import ast
 import copy
 import json
+import os
 import pickle
 import random
 import struct
@@ -102,6 +103,12 @@ def as_bytes(document: Any, rng: random.Random) -> bytes:
 
 
 SNIPPETS = (b"cos\nsystem\n", b"(S'x'\ntR.", b"cnumpy\nload\n", b"\x80\x04", b"0", b"R", b"b")
+
+
+def scratch() -> tempfile.TemporaryDirectory[str]:
+    """A folder in memory where there is some: a disk would be waited for in each of a million cases."""
+    memory = Path("/dev/shm")
+    return tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None)
 
 
 @dataclass
@@ -290,7 +297,7 @@ def main() -> int:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     failed = 0
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+    with scratch() as folder:
         for parser in parsers(Path(folder)):
             if given.only and given.only not in parser.name:
                 continue

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fuzzing import covered, fuzz, parsers
+from fuzzing import covered, fuzz, parsers, scratch
 
 CASES = 100_000
 NAMES = ["manifest", "config", "weights header", "JSONL stream", "checkpoint marker", "generator", "results",
@@ -18,9 +16,7 @@ NAMES = ["manifest", "config", "weights header", "JSONL stream", "checkpoint mar
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """In memory where there is some: a disk would be waited for in each of a million cases."""
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as name:
+    with scratch() as name:
         yield Path(name)
 
 
