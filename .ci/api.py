@@ -12,11 +12,16 @@ import pdoc
 import peft
 
 import peft_sapt
-from peft_sapt.continual.frozen_prefix import Known
-from peft_sapt.ops.timings import Timing
-from peft_sapt.pooling import Prompts
+from peft_sapt.continual.frozen_prefix import KnownRow
+from peft_sapt.ops.devtools.timings import Timing
+from peft_sapt.routing.prompts import Prompts
 
-INTERNAL = ("peft_sapt.cli.", "peft_sapt.ops.kernels", "peft_sapt.ops.triton_kernel", "peft_sapt.ops.compile_gate")
+INTERNAL = (
+    "peft_sapt.cli.",
+    "peft_sapt.ops.kernels",
+    "peft_sapt.ops.triton_kernel",
+    "peft_sapt.ops.devtools.compile_check",
+)
 
 
 def modules() -> list[str]:
@@ -31,7 +36,7 @@ def build(folder: Path) -> list[str]:
         setattr(peft_sapt.config, name, getattr(typing, name))
     for name in ("TaskType", "PeftType"):
         setattr(peft_sapt.config, name, getattr(peft, name))
-    for cls in (Known, Prompts, Timing):  # a named tuple's constructor does not know its module's names
+    for cls in (KnownRow, Prompts, Timing):  # a named tuple's constructor does not know its module's names
         cls.__new__.__annotations__ = typing.get_type_hints(cls)
     names = modules()
     pdoc.render.configure(docformat="google", show_source=True)

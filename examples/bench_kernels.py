@@ -21,8 +21,8 @@ from benching import alternate, quartiles, saved_bytes, table
 from peers import arrow, naive_sum, peft_layer, xlora
 from torch import Tensor
 
-from peft_sapt.ops import floors, numerics, timings
-from peft_sapt.ops.floors import Shape
+from peft_sapt.ops.devtools import floors, numerics, timings
+from peft_sapt.ops.devtools.floors import Shape
 
 ON_CPU = (
     Shape(8, 128, 512, 512, 1, 4), Shape(8, 128, 512, 512, 2, 4), Shape(8, 128, 512, 512, 15, 4),

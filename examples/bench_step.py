@@ -92,14 +92,14 @@ def main() -> None:
         tasks = [f"task_{i}" for i in range(count)]
         own = SaptConfig(tasks=tasks, init_weights=False, **common)
         pool = get_peft_model(random_model(args.model, dtype, device), own)
-        released = copy.deepcopy(pool)
-        released.peft_config["default"].old_block_gradient = False
-        for module in released.modules():
+        official = copy.deepcopy(pool)
+        official.peft_config["default"].old_block_gradient = False
+        for module in official.modules():
             if isinstance(module, SaptLayer):
                 module.configs["default"].old_block_gradient = False
         plain = LoraConfig(init_lora_weights=False, **common)
         models = {"plain LoRA": get_peft_model(random_model(args.model, dtype, device), plain)}
-        models |= {"pool": pool, "pool, gradient cut as released": released}
+        models |= {"pool": pool, "pool, gradient cut as in the official code": official}
         if not args.no_naive:
             models["naive loop"] = naive(pool)
         for model in models.values():
@@ -130,7 +130,7 @@ def main() -> None:
               f"{args.model}, {args.dtype}, {where()}, {args.rounds} rounds")  # fmt: skip
         print(table(["", "time / plain LoRA", "saved activations, MB", "/ plain LoRA"], rows), flush=True)
         found[str(count)] = {"seconds": times, "saved_bytes": saved}
-        del models, pool, released
+        del models, pool, official
     if args.json:
         args.json.write_text(
             json.dumps({"settings": {**vars(args), "json": None}, "where": where(), "tasks": found}, indent=1)

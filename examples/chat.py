@@ -50,7 +50,7 @@ class Conversation:
         """The answer to one more turn."""
         self.turns.append({"role": "user", "content": text})
         whole = self.text()
-        if not whole.startswith(self.read):  # a template that rewrites earlier turns: read it all anew
+        if not whole.startswith(self.read):  # a template that rewrites earlier turns: read it all again
             self.cache, self.ids, self.read = DynamicCache(config=self.served.model.config), self.ids[:, :0], ""
         new = self.served.encode(whole[len(self.read) :])["input_ids"]
         ids = torch.cat([self.ids, new], dim=1)  # [1, S]

@@ -13,13 +13,34 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from peft import PeftModel
 from settings import make_parser, set_up
+from tqdm.auto import tqdm
 
+from peft_sapt.continual.answering import evaluate, weights_of_prompts
 from peft_sapt.continual.grid import settings_of, text_of
+from peft_sapt.continual.learner import Bench
+from peft_sapt.continual.method import Found
 from peft_sapt.continual.provenance import commit
 from peft_sapt.continual.sapt import RECIPES, learn_pool
-from peft_sapt.continual.unseen import score_unseen
-from peft_sapt.files import write_atomically
+from peft_sapt.storage.atomic import write_atomically
+
+
+def score_unseen(bench: Bench, model: PeftModel, names: list[str]) -> Found:
+    """Score in percent on each task of ``names``: the mixture of the pool's own attention, the base model, and each
+    block of the pool alone; beside them the mean attention on its prompts."""
+    found: Found = {}
+    for name in tqdm(names, desc="unseen tasks"):
+        with model.disable_adapter():
+            base = evaluate(bench, model, [name])[0]
+        mean = weights_of_prompts(bench, model, name).mean(dim=0).tolist()
+        found[name] = {
+            "mixture": evaluate(bench, model, [name])[0],
+            "base": base,
+            "blocks": {block: evaluate(bench, model, [name], sapt_task=block)[0] for block in model.tasks},
+            "weights": dict(zip(model.tasks, mean, strict=True)),
+        }
+    return found
 
 
 def main() -> int:

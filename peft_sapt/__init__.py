@@ -10,15 +10,15 @@ from .registration import add_peft_type
 
 add_peft_type()
 
+from .arm import ArmCallback, GeneratorSettings, last_complete_checkpoint  # noqa: E402
 from .collator import PromptMaskCollator  # noqa: E402
 from .config import SaptConfig  # noqa: E402
 from .layer import SaptLayer  # noqa: E402
 from .model import SaptModel  # noqa: E402
 from .optimizer import create_optimizer, optimizer_groups  # noqa: E402
-from .overrides import accept  # noqa: E402
-from .reflection import ArmCallback, GeneratorSettings, last_complete_checkpoint  # noqa: E402
+from .pool.save_pool import locked, save_pool  # noqa: E402
 from .registration import register  # noqa: E402
-from .saver import locked, save_pool  # noqa: E402
+from .storage.overrides import accept  # noqa: E402
 from .version import __version__  # noqa: E402
 
 register(SaptConfig, SaptModel)

@@ -1,28 +1,31 @@
-"""SaptConfig: what a pool is made of. Saved as ``adapter_config.json``, atomically."""
+"""SaptConfig: what a pool is made of."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
+from peft.config import PeftConfig
 from peft.utils import PeftType
 from peft.utils.constants import DUMMY_TARGET_MODULES
 
-from .config_file import ConfigFile
 from .errors import ConfigFileError, SaptError, TaskError
 from .ops.dispatch import KERNELS
-from .records import checked_records
-from .validation import check_task_name, number, positive, whole
+from .validation import check_task_name, checked_records, is_int, is_number, is_positive
+from .version import METHOD
+
+FILLED_IN: Any = None  # default of fields that have a value for each task, once the config is made
 
 
 @dataclass
-class SaptConfig(ConfigFile):
+class SaptConfig(PeftConfig):
     """Configuration of a [`SaptModel`]: one adapter that holds a pool of LoRA blocks and the attention over them.
 
     Method: *SAPT: A Shared Attention Framework for Parameter-Efficient Continual Learning of LLMs* (ACL 2024,
-    arXiv 2401.08295). Defaults are the paper's where its release names a value (``r=4``, ``lora_alpha=32``,
+    arXiv 2401.08295). Defaults are the paper's where its official code names a value (``r=4``, ``lora_alpha=32``,
     ``lora_dropout=0``, ``query_dim=100``), otherwise those of PEFT's LoRA.
 
     Example:
@@ -99,8 +102,8 @@ class SaptConfig(ConfigFile):
     query_activation: str = field(
         default="after",
         metadata={
-            "help": "'after': LayerNorm(SiLU(W_up W_down e)), as released; 'between': LayerNorm(W_up SiLU(W_down e)), "
-            "as in the paper's Eq. 1."
+            "help": "'after': LayerNorm(SiLU(W_up W_down e)), as in the official code; 'between': LayerNorm(W_up "
+            "SiLU(W_down e)), as in the paper's Eq. 1."
         },
     )
     temperature: float = field(
@@ -108,12 +111,16 @@ class SaptConfig(ConfigFile):
     )
     old_block_gradient: bool = field(
         default=True,
-        metadata={"help": "Let the gradient flow through frozen blocks to lower layers. False cuts it, as released."},
+        metadata={
+            "help": "Let the gradient flow through frozen blocks to lower layers. False cuts it, as the official code "
+            "does."
+        },
     )
     pool_padding: bool = field(
         default=False,
         metadata={
-            "help": "Let padding enter the max-pool, as released: a row's weights then depend on its batch mates."
+            "help": "Let padding enter the max over tokens, as in the official code: a row's weights then depend on "
+            "its batch mates."
         },
     )
     top_k: int | None = field(
@@ -136,24 +143,20 @@ class SaptConfig(ConfigFile):
         },
     )
     use_rslora: bool = field(default=False, metadata={"help": "Scale blocks by lora_alpha / sqrt(r) instead."})
-    use_dora: bool = field(default=False, metadata={"help": "Refused: the norm of a sum of blocks is not theirs."})
-    rank_pattern: dict[str, int] | None = field(
-        default=None, metadata={"help": "Refused: ranks differ by task (add_task(..., r=...)), not by module."}
-    )
-    alpha_pattern: dict[str, float] | None = field(default=None, metadata={"help": "Refused, like rank_pattern."})
     token_dim: int | None = field(
         default=None, metadata={"help": "Width of the token embeddings; read from the base model if not given."}
     )
-    tasks: list[str] | None = field(
-        default=None, metadata={"help": "Names of all tasks of the pool, oldest first; the last one is trainable."}
+    tasks: list[str] = field(
+        default=FILLED_IN,
+        metadata={"help": "Names of all tasks of the pool, oldest first; the last one is trainable."},
     )
-    task_ranks: list[int] | None = field(default=None, metadata={"help": "Rank of each task's block."})
-    task_alphas: list[float] | None = field(default=None, metadata={"help": "lora_alpha of each task's block."})
-    replay_rows: list[int] | None = field(
-        default=None, metadata={"help": "Number of replay rows kept in the pool for each task."}
+    task_ranks: list[int] = field(default=FILLED_IN, metadata={"help": "Rank of each task's block."})
+    task_alphas: list[float] = field(default=FILLED_IN, metadata={"help": "lora_alpha of each task's block."})
+    replay_rows: list[int] = field(
+        default=FILLED_IN, metadata={"help": "Number of replay rows kept in the pool for each task."}
     )
-    records: dict[str, dict[str, Any]] | None = field(
-        default=None, metadata={"help": "What the model card says of each task; see `record_task`."}
+    records: dict[str, dict[str, Any]] = field(
+        default=FILLED_IN, metadata={"help": "What the model card says of each task; see `record_task`."}
     )
     generation: str | None = field(
         default=None, metadata={"help": "Which save this belongs to; the weights file of that save has the same."}
@@ -161,7 +164,7 @@ class SaptConfig(ConfigFile):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType["SAPT"]
+        self.peft_type = PeftType[METHOD]
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, list):
@@ -175,37 +178,28 @@ class SaptConfig(ConfigFile):
             self._check_prompt()
 
     def _check_ranges(self) -> None:
+        from .routing import ROUTERS  # whose classes take this one
+
         checks: list[tuple[str, bool, str]] = [
-            ("r", whole(self.r) and self.r > 0, "a positive int"),
-            ("lora_alpha", positive(self.lora_alpha), "a positive number"),
-            ("lora_dropout", number(self.lora_dropout) and 0 <= self.lora_dropout < 1, "a number in [0, 1)"),
+            ("r", is_int(self.r) and self.r > 0, "a positive int"),
+            ("lora_alpha", is_positive(self.lora_alpha), "a positive number"),
+            ("lora_dropout", is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1, "a number in [0, 1)"),
             ("block", self.block in ("lora", "prompt"), "'lora' or 'prompt'"),
-            ("num_virtual_tokens", whole(self.num_virtual_tokens) and self.num_virtual_tokens > 0, "a positive int"),
-            ("router", self.router in ("attention", "ridge"), "'attention' or 'ridge'"),
-            ("ridge", positive(self.ridge), "a positive number"),
-            ("fallback", self.fallback is None or number(self.fallback), "a number or None"),
-            ("query_dim", whole(self.query_dim) and self.query_dim > 0, "a positive int"),
+            ("num_virtual_tokens", is_int(self.num_virtual_tokens) and self.num_virtual_tokens > 0, "a positive int"),
+            ("router", self.router in ROUTERS, " or ".join(map(repr, ROUTERS))),
+            ("ridge", is_positive(self.ridge), "a positive number"),
+            ("fallback", self.fallback is None or is_number(self.fallback), "a number or None"),
+            ("query_dim", is_int(self.query_dim) and self.query_dim > 0, "a positive int"),
             ("query_activation", self.query_activation in ("after", "between"), "'after' or 'between'"),
-            ("top_k", self.top_k is None or (whole(self.top_k) and self.top_k > 0), "a positive int or None"),
-            ("min_weight", number(self.min_weight) and 0 <= self.min_weight < 1, "a number in [0, 1)"),
+            ("top_k", self.top_k is None or (is_int(self.top_k) and self.top_k > 0), "a positive int or None"),
+            ("min_weight", is_number(self.min_weight) and 0 <= self.min_weight < 1, "a number in [0, 1)"),
             ("kernel", self.kernel in KERNELS, f"one of {list(KERNELS)}"),
-            ("temperature", positive(self.temperature), "a positive number"),
+            ("temperature", is_positive(self.temperature), "a positive number"),
         ]
-        if not self.closed_form and self.fallback is not None:
-            raise SaptError("SaptConfig.fallback needs router='ridge': a softmax does not tell how near a row is.")
-        if self.closed_form and self.pool_padding:
-            raise SaptError("SaptConfig.pool_padding reproduces the learned attention: it needs router='attention'.")
-        refused = {
-            "use_dora": "DoRA rescales by the norm of the adapted weight, which changes with every prompt's mixture",
-            "rank_pattern": "all modules of a task share its rank; add_task(name, r=...) sets it per task",
-            "alpha_pattern": "all modules of a task share its alpha; add_task(name, lora_alpha=...) sets it per task",
-        }
-        for name, reason in refused.items():
-            if getattr(self, name):
-                raise SaptError(f"SaptConfig.{name} is not supported: {reason}.")
         for name, valid, wanted in checks:
             if not valid:
                 raise SaptError(f"SaptConfig.{name} must be {wanted}, got {getattr(self, name)!r}.")
+        ROUTERS[self.router].check_config(self)
 
     def _check_auto_mapping(self) -> None:
         """PEFT imports the module that is named there, so a file may name transformers' or one that is imported."""
@@ -237,13 +231,16 @@ class SaptConfig(ConfigFile):
         self.task_alphas = [self.lora_alpha] * count if self.task_alphas is None else list(self.task_alphas)
         self.replay_rows = [0] * count if self.replay_rows is None else list(self.replay_rows)
         self.records = checked_records(self.records, self.tasks)
-        wanted = {"task_ranks": (whole, 1), "task_alphas": (positive, 0), "replay_rows": (whole, 0)}
-        for name, (valid, low) in wanted.items():
+        wanted = {
+            "task_ranks": ("whole", lambda v: is_int(v) and v >= 1),
+            "task_alphas": ("positive", is_positive),
+            "replay_rows": ("whole", lambda v: is_int(v) and v >= 0),
+        }
+        for name, (kind, valid) in wanted.items():
             values = getattr(self, name)
-            if len(values) != count or not all(valid(v) and v >= low for v in values):
+            if len(values) != count or not all(map(valid, values)):
                 raise SaptError(
-                    f"SaptConfig.{name} must hold one {'whole' if valid is whole else 'positive'} number for each of "
-                    f"the {count} tasks, got {values!r}."
+                    f"SaptConfig.{name} must hold one {kind} number for each of the {count} tasks, got {values!r}."
                 )
 
     def _check_prompt(self) -> None:
@@ -258,12 +255,47 @@ class SaptConfig(ConfigFile):
         self.target_modules = DUMMY_TARGET_MODULES
 
     @property
-    def closed_form(self) -> bool:
-        """Whether the router is solved from sums instead of trained."""
-        return self.router == "ridge"
-
-    @property
     def scalings(self) -> list[float]:
         """lora_alpha / r (with use_rslora / sqrt(r)) of each task, oldest first."""
         power = 0.5 if self.use_rslora else 1.0
-        return [a / r**power for a, r in zip(self.task_alphas or [], self.task_ranks or [], strict=True)]
+        return [a / r**power for a, r in zip(self.task_alphas, self.task_ranks, strict=True)]
+
+    def set_tasks(self, other: SaptConfig) -> None:
+        """Describe the tasks that ``other`` does; records of tasks that are gone go with them."""
+        for name in ("tasks", "task_ranks", "task_alphas", "replay_rows", "task_name"):
+            setattr(self, name, getattr(other, name))
+        self.records = checked_records(self.records, self.tasks)
+
+    # --- files: what is done with them stands in pool/config_file.py ----------------------------------------------
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """The values in a config's file; raises [`ConfigFileError`] if it is too large or not a JSON object."""
+        from .pool.config_file import read_values
+
+        return read_values(path_json_file)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any
+    ) -> Self:
+        """As in PEFT; in a folder whose last save was interrupted, the weights file decides, and a warning says so.
+
+        Raises:
+            PickleError: the folder has its weights as a pickle alone.
+            ConfigFileError: adapter_config.json is too large, not JSON, or does not describe a pool.
+            PoolFormatError: the weights file is damaged.
+        """
+        from .pool.config_file import load_config
+
+        return load_config(cls, super().from_pretrained, pretrained_model_name_or_path, subfolder, kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Write ``adapter_config.json`` by a temporary file and a rename, then finish what PEFT wrote around it.
+
+        Raises:
+            SaveError: the folder is a file, or the weights were just written as a pickle.
+        """
+        from .pool.config_file import save_config
+
+        save_config(self, save_directory, kwargs.pop("auto_mapping_dict", None))

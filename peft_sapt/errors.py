@@ -101,5 +101,5 @@ class PromptFolderError(SaptError):
     """A folder cannot be read or written as a soft prompt of PEFT's prompt tuning, or it does not fit the pool."""
 
 
-class ReleaseError(SaptError):
+class OfficialCheckpointError(SaptError):
     """Folders of the official release are incomplete, contradict each other, or ask for code to be run."""

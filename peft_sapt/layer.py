@@ -6,18 +6,18 @@ import math
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import _get_in_out_features
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import SaptConfig
-from .errors import WeightsError
-from .low_rank import low_rank_sum
-from .mixture import Factors, Mixture
-from .ops import gated_lora, held_lora
-from .pool import Linears, PoolModule, linear_from
-from .routing import Routing
+from .errors import SaptError, WeightsError
+from .ops import held_lora, scaled_lora
+from .ops.low_rank import low_rank_sum
+from .pool_module import Linears, PoolModule, linear_from
+from .routing.forward_state import ForwardState
+from .routing.mixture import Factors, Mixture
 
 
 class SaptLayer(PoolModule):
@@ -36,7 +36,7 @@ class SaptLayer(PoolModule):
     sapt_old_A: Linears
     sapt_old_B: Linears
 
-    def __init__(self, base_layer: nn.Module, routing: Routing) -> None:
+    def __init__(self, base_layer: nn.Module, state: ForwardState) -> None:
         self.base_layer = base_layer
         # nothing is ever merged, so nothing has to be quantised again, which is what the argument is for
         self.quantization_backend = resolve_quantization_backend(
@@ -45,7 +45,7 @@ class SaptLayer(PoolModule):
         for name in self.adapter_layer_names + self.other_param_names:
             setattr(self, name, nn.ModuleDict())
         self.sapt_dropout = nn.ModuleDict()
-        self.routing = routing
+        self.forward_state = state
         self.configs: dict[str, SaptConfig] = {}
         self._disable_adapters = False
         self.merged_adapters = []
@@ -60,7 +60,7 @@ class SaptLayer(PoolModule):
     def update_layer(self, adapter: str, config: SaptConfig) -> None:
         """Build a block for each task in ``config``."""
         self.configs[adapter] = config
-        blocks = [self.new_block(rank, config.init_weights) for rank in config.task_ranks or []]
+        blocks = [self.new_block(rank, config.init_weights) for rank in config.task_ranks]
         *old, newest = blocks
         for name in self.adapter_layer_names:
             getattr(self, name)[adapter] = linear_from(newest[name])
@@ -70,12 +70,12 @@ class SaptLayer(PoolModule):
             self.sapt_dropout[adapter] = nn.Dropout(config.lora_dropout)
         self._move_adapter_to_device_of_base_layer(adapter)
 
-    def home(self) -> torch.device | None:
+    def target_device(self) -> torch.device | None:
         device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
         return device
 
     def cast_adapter(self, adapter: str) -> None:
-        """Give the blocks the number type of the base layer, if that is a floating one."""
+        """Give the blocks the dtype of the base layer, if that is a floating one."""
         _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
         if dtype is not None and dtype.is_floating_point:
             for name in self.adapter_layer_names + self.other_param_names:
@@ -92,7 +92,7 @@ class SaptLayer(PoolModule):
         return {"sapt_A": a, "sapt_B": b}
 
     def part_sizes(self, config: SaptConfig) -> list[int]:
-        return list(config.task_ranks or [])
+        return list(config.task_ranks)
 
     def newest_part(self, adapter: str, rank: int) -> dict[str, Tensor]:
         return self.new_block(rank, self.configs[adapter].init_weights)
@@ -100,7 +100,7 @@ class SaptLayer(PoolModule):
     def has_trained(self, adapter: str) -> bool:
         return self.configs[adapter].init_weights and bool(self.sapt_B[adapter].weight.any())
 
-    def start_at(self, adapter: str, shares: Tensor) -> None:
+    def init_from_mixture(self, adapter: str, shares: Tensor) -> None:
         config, (a, b) = self.configs[adapter], (self.sapt_A[adapter].weight, self.sapt_B[adapter].weight)
         *old, own = config.scalings
         ranks = torch.tensor(self.part_sizes(config)[:-1], device=a.device)
@@ -124,11 +124,11 @@ class Linear(nn.Module, SaptLayer):
         base_layer: nn.Module,
         adapter_name: str,
         config: SaptConfig,
-        routing: Routing,
+        state: ForwardState,
         name: str = "a SAPT layer",
     ) -> None:
         super().__init__()
-        SaptLayer.__init__(self, base_layer, routing)
+        SaptLayer.__init__(self, base_layer, state)
         self.name = name  # in the base model, for messages
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
@@ -137,28 +137,28 @@ class Linear(nn.Module, SaptLayer):
         # x [B, S, in] -> [B, S, out]
         base = self.base_layer(x, *args, **kwargs)
         mixture = self.held_mixture()
-        stacks = self.routing.stacks
-        if mixture is not None and stacks is not None:
-            known = mixture.stacked(stacks, self)
+        session = self.forward_state.session
+        if mixture is not None and session is not None:
+            known = mixture.stacked(session.stacks, self)
             if known is not None and len(known[2]) == len(x):
-                x, gates = self.as_factors(x, known[0]), known[2].to(x.device)
-                return held_lora(x, base, known[0], known[1], gates, mixture.config.kernel)
+                x, scales = self.as_factors(x, known[0]), known[2].to(x.device)
+                return held_lora(x, base, known[0], known[1], scales, mixture.config.kernel)
         adapter = next((a for a in self.active_adapters if a in self.sapt_A), None)
         if self.disable_adapters or adapter is None:
             return base
         if self.quantization_backend is not None:
             base = self.quantization_backend.maybe_clone_base_result(base)
-        gates = self.gates_for(x)  # [B, R]
+        scales = self.scales_for(x)  # [B, R]
         config = self.configs[adapter]
         a, b = self.sapt_A[adapter].weight, self.sapt_B[adapter].weight
         old_a = self.sapt_old_A[adapter].weight if adapter in self.sapt_old_A else None
         old_b = self.sapt_old_B[adapter].weight if adapter in self.sapt_old_B else None
         x = self.as_factors(x, a)
-        factors: Factors = (old_a, old_b, a, b, gates)
+        factors: Factors = (old_a, old_b, a, b, scales)
         if mixture is not None:
             factors = mixture.factors(self, (old_a, old_b, a, b))
         new_x = self.sapt_dropout[adapter](x) if adapter in self.sapt_dropout and self.training else None
-        result = gated_lora(
+        result = scaled_lora(
             x, base, *factors[:-1], factors[-1].to(x.device),  # of a model spread over devices
             old_gradient=config.old_block_gradient, new_x=new_x, kernel=config.kernel,
         )  # fmt: skip
@@ -166,38 +166,53 @@ class Linear(nn.Module, SaptLayer):
 
     @staticmethod
     def as_factors(x: Tensor, a: Tensor) -> Tensor:
-        """``x`` in the number type of the blocks, as PEFT's LoRA takes it; autocast chooses by itself."""
+        """``x`` in the dtype of the blocks, as PEFT's LoRA takes it; autocast chooses by itself."""
         return x if torch.is_autocast_enabled(x.device.type) else x.to(a.dtype)
 
     def held_mixture(self) -> Mixture | None:
         """The mixture of this forward, if it serves many forwards and none of them needs a gradient."""
-        mixture = self.routing.mixture
+        mixture = self.forward_state.mixture
         if mixture is None or not mixture.held or self.training or torch.is_grad_enabled():
             return None
-        return None if torch.compiler.is_compiling() else mixture  # tracing would start anew for every number of rows
+        return None if torch.compiler.is_compiling() else mixture  # tracing would start again for every number of rows
 
-    def gates_for(self, x: Tensor) -> Tensor:
-        gates = self.routing.gates
-        if gates is None:
+    def scales_for(self, x: Tensor) -> Tensor:
+        scales = self.forward_state.rank_scales
+        if scales is None:
             raise WeightsError(
                 f"{self.name} ran outside of the model's own forward, so no attention weights are known. Call the "
                 "whole model. (Activation checkpointing other than transformers' own reruns layers alone: use "
                 "model.gradient_checkpointing_enable() instead.)"
             )
-        if gates.shape[0] != x.shape[0]:
+        if scales.shape[0] != x.shape[0]:
             raise WeightsError(
-                f"{self.name} got {x.shape[0]} rows, but attention weights for {gates.shape[0]}: its module mixes or "
+                f"{self.name} got {x.shape[0]} rows, but attention weights for {scales.shape[0]}: its module mixes or "
                 "flattens rows (a router or expert of an MoE block). Take it out of target_modules."
             )
-        if gates.dim() == 3 and gates.shape[1] != x.shape[1]:
+        if scales.dim() == 3 and scales.shape[1] != x.shape[1]:
             raise WeightsError(
-                f"{self.name} got {x.shape[1]} positions, but attention weights for {gates.shape[1]}: packed rows "
+                f"{self.name} got {x.shape[1]} positions, but attention weights for {scales.shape[1]}: packed rows "
                 "are not supported where a module changes the length of a row."
             )
-        return gates
+        return scales
 
     def __repr__(self) -> str:
         return "sapt." + super().__repr__()
+
+
+def layer_around(target: nn.Module, adapter: str, config: SaptConfig, state: ForwardState, name: str) -> Linear:
+    """The layer in place of ``target``, the base model's module ``name``.
+
+    Raises:
+        SaptError: it is no linear layer.
+    """
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if not takes_as_linear(base):
+        raise SaptError(
+            f"Module {name!r} of type {type(base).__name__} cannot be adapted: SAPT takes nn.Linear, Conv1D and the "
+            "quantised linear layers that PEFT knows. Take it out of target_modules."
+        )
+    return Linear(target, adapter, config, state, name)
 
 
 def takes_as_linear(module: nn.Module) -> bool:

@@ -1,43 +1,42 @@
-"""SaptModel: the PEFT tuner. Injects the layers and the shared attention, and owns the ways in and out of a model."""
+"""SaptModel: the PEFT tuner. Injects layers, router and memory into a base model, and is the public face of a pool.
+
+What the calls on a pool do stands in ``pool/``, how a prompt finds its blocks in ``routing/``.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from .attention import SharedAttention
 from .config import SaptConfig
-from .errors import SaptError
-from .exchange import LoraExchange
-from .layer import Linear, SaptLayer, takes_as_linear
-from .mixture import Mixture
-from .pool import PoolModule
-from .pooling import checked_token_dim, embedding_weight
-from .prompt_mask import inferred_mask
-from .routing import KEPT, SAPT_ARGUMENTS, PromptRouter, Routing, batch_of
-from .saving import PoolSaving
-from .soft_prompt import SoftPrompts, check_generation
-from .tasks import seal_from_targets
-
-try:  # accelerate is PEFT's own dependency; a private move there must not break the import
-    from accelerate import init_empty_weights
-except ImportError:  # pragma: no cover
-    init_empty_weights = None
-
-OWN_MODULES = ("shared_attention", "soft_prompts")  # of ours, on the base model
+from .errors import SaptError, TaskError
+from .layer import SaptLayer, layer_around
+from .pool import exchange, lifecycle, warm_start
+from .pool.model_methods import when_wrapped
+from .pool.refusals import NO_ADAPTER_NAMES, NO_BATCH, NO_MERGE
+from .pool.state_dict import checked_state, keep_dtypes, with_manifest
+from .pool.view import Batches, Pool
+from .pool_module import PoolModule
+from .routing import AttentionRouter, Router
+from .routing.forward_state import ForwardState
+from .routing.generation import check_prompt_generation, generation_mixture, held, may_generate
+from .routing.hooks import SAPT_ARGUMENTS, RoutingHooks
+from .routing.install import install, memory_on, put_aside, uninstall
+from .routing.prompts import checked_token_dim, embedding_weight
 
 
-class SaptModel(LoraExchange, PoolSaving, BaseTuner):
-    """A base model with one or more pools of LoRA blocks under a shared attention (SAPT, ACL 2024).
-
-    Built by ``get_peft_model(model, SaptConfig(...))``; its methods are reachable on the [`PeftModel`] around it.
+class SaptModel(BaseTuner):
+    """A base model with one or more pools of LoRA blocks under a shared attention (SAPT, ACL 2024), as
+    ``get_peft_model(model, SaptConfig(...))`` builds it. Its methods are reachable on the [`PeftModel`] around it and
+    act on the active adapter.
 
     ``forward`` and ``generate`` take three arguments of their own:
         - ``sapt_prompt_mask`` [B, S]: True on the tokens that form the query, by default the attended ones before the
@@ -45,16 +44,219 @@ class SaptModel(LoraExchange, PoolSaving, BaseTuner):
         - ``sapt_weights`` [B, T] (or [T]): use these weights instead of the attention's.
         - ``sapt_task``: a task's name, or one per row; its block alone answers. In training only the current task.
 
-    Raises:
-        PoolFormatError: the base model's embeddings have another width than those the pool was made for.
-        TaskError, PromptError, WeightsError: as the methods say.
+    Raises [`PoolFormatError`] if the base model's embeddings have another width than those the pool was made for.
     """
 
+    peft_config: dict[str, SaptConfig]  # type: ignore[assignment]  # all configs of this tuner are its own
     prefix = "sapt_"
     tuner_layer_cls = PoolModule
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
 
-    # --- building -----------------------------------------------------------------------------------------------
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        when_wrapped(self)
+
+    # --- the pool -------------------------------------------------------------------------------------------------
+
+    @property
+    def pool(self) -> Pool:
+        """The active pool, as a view of it; raises [`TaskError`] if several adapters are active, or none."""
+        active, hooks = self.active_adapters, self.hooks
+        if len(active) != 1:
+            raise TaskError(f"{len(active)} adapters are active: choose one pool with set_adapter(name).")
+        config = self.peft_config[active[0]]
+        return Pool(self.model, active[0], config, hooks.router_of(active[0]), hooks.memory, hooks)
+
+    @property
+    def hooks(self) -> RoutingHooks:
+        """What finds the weights of a forward and brings them to the layers, with routers and memory of all pools."""
+        return self.model.task_memory.hooks
+
+    @property
+    def router(self) -> Router:
+        """The router of the active pool."""
+        return self.pool.router
+
+    @property
+    def attention(self) -> AttentionRouter:
+        """The learned attention of the active pool; raises [`TaskError`] if its router is of another kind."""
+        router = self.router
+        if not isinstance(router, AttentionRouter):
+            raise TaskError(f"The pool has router={router.kind!r} and no learned attention: see model.router.")
+        return router
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks in the active pool, oldest first; a copy."""
+        return self.pool.tasks
+
+    @property
+    def current_task(self) -> str:
+        """The newest task: the only one that can be trained."""
+        return self.pool.current_task
+
+    @property
+    def committed_tasks(self) -> list[str]:
+        """Names of the tasks that have been committed."""
+        return self.pool.committed_tasks
+
+    def task_state(self, name: str) -> dict[str, Tensor]:
+        """Everything that belongs to one task, as views: A [r, in] and B [r, out] by layer, and its key [1, d]."""
+        return self.pool.task_state(name)
+
+    # --- the life of a task ---------------------------------------------------------------------------------------
+
+    def add_task(self, name: str, r: int | None = None, lora_alpha: float | None = None) -> None:
+        """Freeze the current task for good and open a fresh block (B = 0) and key for ``name``.
+
+        A current task that was never committed is committed first, as by ``commit_task()``. Parameters are replaced:
+        build the optimizer, DDP or FSDP afterwards.
+
+        Args:
+            name: not in the pool yet; no slash or dot, not all digits.
+            r, lora_alpha: rank and alpha of the new block; the config's by default.
+
+        Raises:
+            TaskError: the name is malformed or taken, the model is sharded, or the current task is open and no
+                training prompt of it is known. Nothing is changed then.
+        """
+        lifecycle.add_task(self.pool, name, r, lora_alpha)
+
+    def remove_task(self, name: str) -> None:
+        """Take a task's block, key, target and replay rows out of the pool; the others' blocks keep their bytes.
+
+        Raises:
+            TaskError: unknown name, or the only task of the pool (delete the adapter instead).
+        """
+        lifecycle.remove_task(self.pool, name)
+
+    def fit_router(self, inputs: Batches) -> None:
+        """Show the current task's training prompts to a router that is solved from them; ``ArmCallback`` calls this.
+
+        Args:
+            inputs: batches (dicts with ``input_ids``, ...) or pooled prompts [N, d], before the task is trained.
+
+        Raises:
+            TaskError: the pool's router is fitted in training, or it has seen this task.
+            PromptError: there are no rows, or some without prompt tokens. Nothing is changed then.
+        """
+        lifecycle.fit_router(self.pool, inputs)
+
+    def commit_task(self, inputs: Batches | None = None, replay: Batches | None = None) -> None:
+        """Freeze the current task and store its attention target (SAPT, section 3.3); ``ArmCallback`` calls this.
+
+        Args:
+            inputs: the task's training inputs, as batches (dicts with ``input_ids``, ...) or pooled prompts [N, d].
+                The target is the mean attention over them, and the key of a first task becomes their mean query (as it
+                got no gradient). By default the first 512 rows that training forwards saw, in whatever thread or copy
+                of the model; a file does not keep them.
+            replay: rows that stand for this task while later ones train, as batches or pooled prompts [n, d]:
+                pseudo-samples, or real rows if you may keep them. Only their pooled embeddings are kept.
+
+        Raises:
+            TaskError: the task is committed already, or no training prompt of it is known.
+            PromptError: rows without a prompt token. TrainingError: block or key are not finite. It stays open then.
+        """
+        lifecycle.commit_task(self.pool, inputs, replay)
+
+    def reopen_task(self) -> None:
+        """Undo the commit of the current task to train it further; its target and replay rows go."""
+        lifecycle.reopen_task(self.pool)
+
+    def warm_start(self, inputs: Batches) -> dict[str, float]:
+        """Start the current task's fresh block at the mixture of the older ones, as its prompts' attention mixes them.
+
+        A LoRA block becomes the nearest one of its rank to sum_t w_t s_t B_t A_t, a soft prompt sum_t w_t P_t, with
+        w the mean attention [T - 1] over the older tasks alone, which is returned by name.
+        ``ArmCallback(warm_start=True)`` calls this; without it, call it after ``add_task`` and before ``fit_router``.
+
+        Raises:
+            TaskError: there is no older task, or the current one is committed, trained or known to the router already.
+            PromptError: no rows, or rows without prompt tokens. Nothing is changed then.
+        """
+        return warm_start.warm_start(self.pool, inputs)
+
+    def record_task(self, name: str, **fields: Any) -> None:
+        """Note what the model card says of a task; what was noted before and is not given now stays.
+
+        Args:
+            fields: ``rows`` seen in training, and what stands for them in ``replay`` (``ArmCallback`` notes both);
+                ``score`` in the unit that ``metric`` names; where the ``data`` are from and their ``license``.
+
+        Raises:
+            TaskError: there is no such task. SaptError: an unknown field, or a value of the wrong kind.
+        """
+        lifecycle.record_task(self.pool, name, **fields)
+
+    @torch.no_grad()
+    def attention_weights(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        sapt_prompt_mask: Tensor | None = None,
+    ) -> Tensor:
+        """The attention over the tasks for each prompt: [B, T] in float32, columns in the order of ``model.tasks``.
+
+        Arguments are those of the model's forward; the language model does not run.
+        """
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+        batch |= {"labels": labels, "sapt_prompt_mask": sapt_prompt_mask}
+        pool = self.pool
+        return pool.router.attend(pool.name, pool.pooled_prompts([batch]))
+
+    def pooled_prompts(self, batches: Batches) -> Tensor:
+        """Pooled prompt embeddings of all rows in ``batches``, [N, d] in float32: element-wise maxima for the learned
+        attention (SAPT, section 3.2), means for the closed form. Tensors pass through; raises [`WeightsError`] for one
+        that is not [N, token_dim]."""
+        return self.pool.pooled_prompts(batches)
+
+    # --- exchange with plain adapters -----------------------------------------------------------------------------
+
+    def export_task(self, name: str, folder: str | os.PathLike) -> None:
+        """Write one task's block as a plain LoRA adapter, which needs PEFT alone (or a LoRA server) to run.
+
+        (With ``block="prompt"`` an adapter of PEFT's prompt tuning, here and in the other two.) Its logits are those
+        of the pool with ``sapt_task=name``. A block that was trained beside older ones may rely on them.
+
+        Raises:
+            TaskError: unknown name. LoraFolderError, PromptFolderError: ``folder`` is a file.
+        """
+        exchange.export_task(self.pool, name, folder)
+
+    def export_mixture(
+        self, weights: Mapping[str, float] | Sequence[float] | Tensor, folder: str | os.PathLike
+    ) -> None:
+        """Write a fixed mixture of tasks as one plain LoRA adapter; exact, as its rank is the sum of the ranks.
+
+        ``sum_t w_t s_t B_t A_t = B A`` with the A_t stacked and the columns of B_t scaled by w_t s_t (in float32).
+        Tasks of weight 0 are left out.
+
+        Args:
+            weights: one number per task in the order of ``tasks``, [T], such as a row of ``attention_weights``, or
+                {task: weight} with 0 for the others.
+
+        Raises:
+            WeightsError: wrong count, not finite, or all zero. TaskError: ``weights`` names an unknown task.
+        """
+        exchange.export_mixture(self.pool, weights, folder)
+
+    def import_task(self, name: str, folder: str | os.PathLike) -> None:
+        """Take a plain LoRA adapter, of any rank and alpha, into the pool as its newest task or the current open one.
+
+        The block stays trainable, and its key still has to be learned: train it further, or call ``arm.prepare(model,
+        batches)`` and ``arm.reflect(model)`` with prompts of the task; with ``router="ridge"``
+        ``commit_task(inputs=batches)`` is enough. Modules that the adapter leaves alone get a block that does nothing.
+
+        Raises:
+            LoraFolderError: the folder is no plain LoRA, or adapts modules that the pool does not. Nothing is changed.
+            PromptFolderError: it is no soft prompt of the pool's length. TaskError: the name belongs to an older task.
+        """
+        exchange.import_task(self.pool, name, folder)
+
+    # --- building -------------------------------------------------------------------------------------------------
 
     def inject_adapter(
         self,
@@ -74,41 +276,13 @@ class SaptModel(LoraExchange, PoolSaving, BaseTuner):
             given.modules_to_save = config.modules_to_save = given.modules_to_save or []
         embedding = embedding_weight(model)
         config.token_dim = checked_token_dim(config.token_dim, embedding)
-        known: SharedAttention | None = getattr(model, "shared_attention", None)
-        self._routing: Routing = Routing() if known is None else known.router.routing
-        own = [name for name in OWN_MODULES if hasattr(model, name)]
-        taken = {name: getattr(model, name) for name in own}
-        for name in own:  # so that no name in modules_to_save, as "norm", is found in them
-            delattr(model, name)
-        try:
+        memory = memory_on(model)
+        self._state: ForwardState = ForwardState() if memory is None else memory.hooks.state
+        with put_aside(model):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-        finally:
-            for name, module in taken.items():
-                setattr(model, name, module)
-        if known is None:
-            attention = SharedAttention()
-            attention.router = PromptRouter(attention, self._routing)
-            attention.router.attach(model)
-            model.shared_attention = attention
-            attention.router.handles.append(model.register_load_state_dict_post_hook(seal_after_load))
-            known = attention
-        device = None if embedding is None else embedding.device
-        with init_empty_weights() if low_cpu_mem_usage and init_empty_weights is not None else nullcontext():
-            known.update_layer(adapter_name, config, None if low_cpu_mem_usage else device)
-            if config.block == "prompt":
-                self._add_soft_prompts(model, known.router).update_layer(adapter_name, config, embedding)
-        for module in (known, known.router.prompts):
-            if module is not None:
-                module.set_adapter(self.active_adapters, inference_mode=bool(config.inference_mode))
-        seal_from_targets(model)
+        install(model, self._state, adapter_name, config, self.active_adapters, embedding, on_meta=low_cpu_mem_usage)
 
-    def _add_soft_prompts(self, model: nn.Module, router: PromptRouter) -> SoftPrompts:
-        if router.prompts is None:
-            model.soft_prompts = router.prompts = SoftPrompts()
-            router.prompts.router = router
-        return router.prompts
-
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]  # as all of PEFT's tuners narrow the config
         self,
         peft_config: SaptConfig,
         adapter_name: str,
@@ -121,24 +295,16 @@ class SaptModel(LoraExchange, PoolSaving, BaseTuner):
         if isinstance(target, SaptLayer):
             target.update_layer(adapter_name, peft_config)
             return
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if not takes_as_linear(base):
-            raise SaptError(
-                f"Module {current_key!r} of type {type(base).__name__} cannot be adapted: SAPT takes nn.Linear, "
-                "Conv1D and the quantised linear layers that PEFT knows. Take it out of target_modules."
-            )
-        layer = Linear(target, adapter_name, peft_config, self._routing, current_key)
+        layer = layer_around(target, adapter_name, peft_config, self._state, current_key)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """As in PEFT; with False, new blocks get the number type of their layer, loaded ones keep that of the file.
-
-        The attention stays in float32, which its softmax needs and which costs next to nothing.
-        """
+        """As in PEFT; with False, new blocks get the dtype of their layer, loaded ones keep that of the file. The
+        router stays in float32, which its softmax needs and which costs next to nothing."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        if autocast_adapter_dtype or adapter_name in self.attention.loaded:
+        if autocast_adapter_dtype or adapter_name in self.hooks.memory.loaded:
             return
         for module in self.model.modules():
             if isinstance(module, SaptLayer) and module.holds(adapter_name):
@@ -150,7 +316,7 @@ class SaptModel(LoraExchange, PoolSaving, BaseTuner):
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
-    # --- running ------------------------------------------------------------------------------------------------
+    # --- running --------------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
@@ -158,116 +324,73 @@ class SaptModel(LoraExchange, PoolSaving, BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
-            raise SaptError(
-                "adapter_names (one adapter per row) is not supported: tasks live inside one adapter, so pass "
-                "sapt_task=[name, ...] with one task per row instead."
-            )
+            raise SaptError(NO_ADAPTER_NAMES)
         adapter = self._routing_adapter()
-        if adapter is None or not self._may_generate_here(adapter, kwargs):
+        if adapter is None or not may_generate(self.hooks, adapter, kwargs):
             yield
             return
-        with self._held(self._generation_mixture(adapter, args, kwargs)):
+        with held(self._state, generation_mixture(self.hooks, adapter, args, kwargs)):
             yield
 
     def _routing_adapter(self) -> str | None:
         """The adapter that routes now; None also while PEFT has not finished building the model."""
-        return self.prompt_router.active() if hasattr(self.model, "shared_attention") else None
-
-    @contextmanager
-    def _held(self, mixture: Mixture | None) -> Iterator[None]:
-        """Let every forward inside use ``mixture``."""
-        routing = self._routing
-        previous = routing.session, routing.stacks
-        routing.session, routing.stacks = mixture, None if mixture is None else {}
-        try:
-            yield
-        finally:
-            routing.session, routing.stacks = previous
-
-    def _may_generate_here(self, adapter: str, kwargs: dict[str, Any]) -> bool:
-        """PeftModel without a generating task type calls the base model's ``generate`` itself, within PEFT's context.
-
-        The same context surrounds its ``forward``. In eval mode both may use weights computed here, as they are those
-        that the forward would compute from the same prompt; unless labels end the prompt, or a cache holds it.
-        """
-        if kwargs.get("labels") is not None or kwargs.get("past_key_values") is not None:
-            return False
-        generates = hasattr(self.model, "generate") and not self.model.training
-        typed = self.peft_config[adapter].task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
-        return generates and not typed and self._routing.session is None
+        return None if memory_on(self.model) is None else self.hooks.active()
 
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """``generate`` of the base model; the weights are computed once, on the whole prompt, and held to the end.
-
-        A non-empty ``past_key_values`` keeps the weights it was made with, so that the turns of a chat stay with one
-        mixture. Takes ``sapt_task``, ``sapt_weights`` and ``sapt_prompt_mask`` like ``forward``.
-        """
+        """``generate`` of the base model; the weights are computed once, on the whole prompt, and held to the end. A
+        non-empty ``past_key_values`` keeps the weights it was made with, so that the turns of a chat stay with one
+        mixture. Takes ``sapt_task``, ``sapt_weights`` and ``sapt_prompt_mask`` like ``forward``."""
         given = {name: kwargs.pop(name) for name in SAPT_ARGUMENTS if name in kwargs}
         adapter = self._routing_adapter()
         if adapter is None:
-            return self.model.generate(*args, **kwargs)  # type: ignore[operator]
-        self._routing.clear()
+            return self.model.generate(*args, **kwargs)
+        self._state.clear()
         if self.peft_config[adapter].block == "prompt":
-            check_generation(kwargs, kwargs.get("generation_config"), self.model.generation_config)
-        with self._held(self._generation_mixture(adapter, args, {**kwargs, **given})):
-            return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+            check_prompt_generation(kwargs, kwargs.get("generation_config"), self.model.generation_config)
+        with held(self._state, generation_mixture(self.hooks, adapter, args, {**kwargs, **given})):
+            return self.model.generate(*args, **kwargs)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Refused (raises [`SaptError`]): continuous batching flattens requests into one row."""
-        raise SaptError(
-            "Continuous batching (generate_batch) is not supported: it flattens the tokens of all requests into one "
-            "row, so that no prompt can be told from another. Use generate with a left-padded batch."
-        )
+        raise SaptError(NO_BATCH)
 
-    def _generation_mixture(self, adapter: str, args: tuple, kwargs: dict[str, Any]) -> Mixture | None:
-        inputs = dict(kwargs)
-        prompt = args[0] if args else inputs.pop("inputs", None)
-        if prompt is not None:
-            inputs["input_ids"] = prompt
-        cache = inputs.get("past_key_values")
-        explicit = any(inputs.get(name) is not None for name in ("sapt_task", "sapt_weights"))
-        if not explicit and cache is not None and getattr(cache, KEPT, None) is None:
-            inputs.pop("past_key_values")  # filled by somebody else: the whole prompt is here, so attend to it
-        inputs.pop("labels", None)
-        if inputs.get("attention_mask") is None and isinstance(inputs.get("input_ids"), Tensor):
-            inputs["attention_mask"] = inferred_mask(inputs["input_ids"], *self._generation_tokens(inputs))
-        if not any(isinstance(inputs.get(n), Tensor) for n in ("input_ids", "inputs_embeds")):
-            if inputs.get("encoder_outputs") is None:
-                return None  # generation from the start token alone: its forward is the prompt
-        mixture = self.prompt_router.mixture_for(self.model, adapter, inputs)
-        return mixture.spread(batch_of(inputs), "generate").hold()
-
-    def _generation_tokens(self, kwargs: dict[str, Any]) -> tuple[int | None, int | list[int] | None]:
-        """Pad and end token as ``generate`` resolves them: argument, generation config, model config."""
-        sources = [kwargs.get("generation_config"), self.model.generation_config, self.model.config]
-
-        def find(name: str) -> Any:
-            found = [kwargs.get(name), *(getattr(source, name, None) for source in sources)]
-            return next((value for value in found if value is not None), None)
-
-        return find("pad_token_id"), find("eos_token_id")
-
-    # --- PEFT's switches ----------------------------------------------------------------------------------------
+    # --- PEFT's switches and state dicts --------------------------------------------------------------------------
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         if not isinstance(adapter_name, str) and len(adapter_name) > 1:
             raise SaptError(f"One pool can be active at a time, got {adapter_name}: pass a single adapter name.")
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+    @classmethod
+    def _get_adapter_state_dict(  # type: ignore[override]  # likewise
+        cls,
+        model: nn.Module,
+        config: SaptConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        own = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return with_manifest(model, config, adapter_name, own, state_dict, cls._remove_adapter_name_from_key)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(  # type: ignore[override]  # likewise
+        cls, model: nn.Module, config: SaptConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        checked = checked_state(model, config, adapter_name, state_dict)
+        renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, checked)
+        keep_dtypes(model, renamed)
+        memory = memory_on(model)
+        if memory is not None:
+            memory.loaded.add(adapter_name)
+        return renamed
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         if merge:
-            raise SaptError(
-                "A pool cannot be merged into the base model: its mixture differs from prompt to prompt. Keep the "
-                "adapter, call unload() for the base model without it, or export_mixture(weights, folder) for one "
-                "fixed mixture, which is a plain LoRA and merges."
-            )
+            raise SaptError(NO_MERGE)
         model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)
-        if hasattr(model, "shared_attention"):
-            model.shared_attention.router.detach()
-        for name in OWN_MODULES:
-            if hasattr(model, name):
-                delattr(model, name)
+        uninstall(model)
         return model
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
@@ -275,7 +398,3 @@ class SaptModel(LoraExchange, PoolSaving, BaseTuner):
 
     def unmerge_adapter(self, *args: Any, **kwargs: Any) -> None:
         raise SaptError("There is nothing to unmerge: a pool is never merged into its base model.")
-
-
-def seal_after_load(model: nn.Module, incompatible: Any) -> None:
-    seal_from_targets(model)

@@ -48,7 +48,7 @@ def create_optimizer(
     The scheduler is left to the Trainer, which scales all groups alike. Build it after ``add_task``.
 
     ```py
-    >>> Trainer(model=model, args=args, optimizers=create_optimizer(model, args, attention_lr=1e-3), ...)
+    >>> Trainer(model=model, args=args, optimizers=create_optimizer(model, args, attention_lr=3e-4), ...)
     ```
     """
     from transformers import Trainer  # here, as it loads datasets

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from peft.utils import PeftType, register_peft_method
 
-NAME = "SAPT"
+from .version import METHOD
 
 
 def add_peft_type() -> None:
@@ -13,16 +13,16 @@ def add_peft_type() -> None:
     Enums are closed by design, so the member is built by hand: all three member maps know it, and on Python >= 3.12,
     where members are looked up as class attributes, the class does too. Pickle, copy, JSON and ``.value`` then work.
     """
-    if NAME in PeftType.__members__:
+    if METHOD in PeftType.__members__:
         return
-    member = str.__new__(PeftType, NAME)
-    member._name_ = NAME
-    member._value_ = NAME
-    member._sort_order_ = len(PeftType.__members__)
-    PeftType._member_map_[NAME] = member
-    PeftType._member_names_.append(NAME)
-    PeftType._value2member_map_[NAME] = member
-    type.__setattr__(PeftType, NAME, member)
+    member = str.__new__(PeftType, METHOD)
+    member._name_ = METHOD
+    member._value_ = METHOD
+    member._sort_order_ = len(PeftType.__members__)  # type: ignore[attr-defined]  # set by EnumType, untyped
+    PeftType._member_map_[METHOD] = member
+    PeftType._member_names_.append(METHOD)
+    PeftType._value2member_map_[METHOD] = member
+    type.__setattr__(PeftType, METHOD, member)
 
 
 def register(config_cls: type, model_cls: type) -> None:
@@ -30,5 +30,5 @@ def register(config_cls: type, model_cls: type) -> None:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     add_peft_type()
-    if PeftType[NAME] not in PEFT_TYPE_TO_CONFIG_MAPPING:
+    if PeftType[METHOD] not in PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(name="sapt", config_cls=config_cls, model_cls=model_cls, prefix="sapt_")

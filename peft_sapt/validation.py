@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import math
+from typing import Any, TypeGuard
 
-from .errors import TaskError, UnsafeNameError
+from .errors import SaptError, TaskError, UnsafeNameError
+
+RECORD_FIELDS = {  # what a pool's card says of each task
+    "rows": "training rows seen",
+    "score": "score",
+    "metric": "what the score counts",
+    "data": "where the data is from",
+    "license": "licence of the data",
+    "replay": "what stands for the task in replay",
+}
+MAX_TEXT = 200
 
 
-def number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def positive(value: object) -> bool:
-    return number(value) and value > 0  # type: ignore[operator]
+def is_positive(value: object) -> TypeGuard[float]:
+    return is_number(value) and value > 0
 
 
-def whole(value: object) -> bool:
+def is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -37,3 +48,31 @@ def check_task_name(name: object) -> str:
             f"characters. {cure}"
         )
     return name
+
+
+def checked_record(values: dict[str, Any]) -> dict[str, Any]:
+    """``values`` without those that are None.
+
+    Raises:
+        SaptError: a field is unknown or has a value of the wrong kind; the message names it.
+    """
+    found = {name: value for name, value in values.items() if value is not None}
+    for name, value in found.items():
+        if name not in RECORD_FIELDS:
+            raise SaptError(f"A task's record has no field {name!r}: it has {list(RECORD_FIELDS)}.")
+        if name == "rows" and not (is_number(value) and value >= 0 and int(value) == value):
+            raise SaptError(f"A task's rows must be a whole number, got {value!r}.")
+        if name == "score" and not is_number(value):
+            raise SaptError(f"A task's score must be a number, got {value!r}.")
+        if name not in ("rows", "score") and not (isinstance(value, str) and len(value) <= MAX_TEXT):
+            raise SaptError(f"A task's {name} must be a text of at most {MAX_TEXT} characters, got {value!r}.")
+    return found
+
+
+def checked_records(records: object, tasks: list[str]) -> dict[str, dict[str, Any]]:
+    """Records by task, of the tasks in the pool; raises [`SaptError`] where they are malformed."""
+    if records is None:
+        return {}
+    if not isinstance(records, dict) or not all(isinstance(record, dict) for record in records.values()):
+        raise SaptError(f"SaptConfig.records must be a dict of dicts by task, got {records!r}.")
+    return {name: checked_record(record) for name, record in records.items() if name in tasks}

@@ -1,3 +1,4 @@
-"""The version of peft_sapt, in a file that a build can read without importing torch."""
+"""The version of the package, and the name of its method among PEFT's."""
 
 __version__ = "0.1.0"
+METHOD = "SAPT"

@@ -9,8 +9,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
-from tiny import FAMILIES, build_pool
+from hypothesis import settings
 
+from helpers.tiny import FAMILIES, build_pool
+
+settings.register_profile("tests", deadline=None)  # how long an example takes depends on what else runs
+settings.load_profile("tests")
 torch.set_num_threads(1)  # tiny models lose more to thread hand-over than they gain
 
 

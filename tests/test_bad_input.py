@@ -8,11 +8,11 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import NoMatchingPeftModuleError
-from tiny import build_pool, padded, tiny_llama, token_rows
 
+from helpers.tiny import build_pool, padded, tiny_llama, token_rows
 from peft_sapt import ArmCallback, SaptConfig
 from peft_sapt.errors import PoolFormatError, PromptError, ReflectionError, SaptError, TaskError, WeightsError
-from peft_sapt.mixture import Mixture
+from peft_sapt.routing.mixture import Mixture
 
 ROWS = token_rows([5, 9, 3])
 BAD_NAMES = ["", "  ", "a/b", "a.b", "a\\b", "123", "new\nline", " a", "x" * 129, None, 7]
@@ -169,7 +169,7 @@ def test_a_tokenizer_without_a_pad_token() -> None:
         ArmCallback(tokenizer)
 
 
-@pytest.mark.parametrize("settings", [{"replay": "magic"}, {"gate_floor": 1.0}, {"gate_floor": 0.0}])
+@pytest.mark.parametrize("settings", [{"replay": "magic"}, {"new_task_floor": 1.0}, {"new_task_floor": 0.0}])
 def test_callback_settings_out_of_range(settings) -> None:
     tokenizer = types.SimpleNamespace(pad_token_id=1, eos_token_id=2)
     with pytest.raises(ReflectionError, match=next(iter(settings))):
@@ -208,9 +208,9 @@ def test_a_layer_called_alone_or_rerun_by_foreign_checkpointing(model) -> None:
     with pytest.raises(WeightsError, match="outside of the model's own forward"):
         layer(torch.randn(2, 3, 64))
     with pytest.raises(WeightsError, match="rows"):
-        model.base_model.prompt_router.use(Mixture("default", torch.ones(3, 3) / 3, model.peft_config["default"]))
+        model.base_model.hooks.state.use(Mixture("default", torch.ones(3, 3) / 3, model.peft_config["default"]))
         layer(torch.randn(2, 3, 64))
-    model.base_model.prompt_router.routing.clear()
+    model.base_model.hooks.state.clear()
     segment = model.base_model.model.model.layers[0]
     inner = segment.forward  # activation checkpointing that bypasses transformers: the layer is rerun alone
     segment.forward = lambda *a, **k: torch.utils.checkpoint.checkpoint(inner, *a, **k, use_reentrant=False)

@@ -7,8 +7,9 @@ import copy
 import pytest
 import torch
 import torch._dynamo as dynamo
-from test_gradients import ROWS, assert_same, batch_of, gradients_of
-from tiny import build_pool
+
+from helpers.gradients import ROWS, assert_same, batch_of, gradients_of
+from helpers.tiny import build_pool
 
 pytestmark = pytest.mark.slow
 

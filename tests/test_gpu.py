@@ -12,15 +12,16 @@ from contextlib import contextmanager
 import pytest
 import torch
 from peft import PeftModel
-from test_arm import MARKS, arguments, collate, own_weights, prompts_of, rows_of, tokenizer
-from test_soft_prompt import labelled
-from tiny import build_pool, padded, tiny_llama, token_rows
 from transformers import Trainer
 
+from helpers.tiny import build_pool, labelled, padded, tiny_llama, token_rows
+from helpers.training import arguments, own_weights
+from helpers.words import MARKS, collate, prompts_of, rows_of, tokenizer
 from peft_sapt import ArmCallback, GeneratorSettings, create_optimizer, save_pool
-from peft_sapt.ops import check, dispatch, numerics
-from peft_sapt.ops.gates import rank_gates
-from peft_sapt.reflection.checks import isolated_rng
+from peft_sapt.arm.checks import isolated_rng
+from peft_sapt.ops import dispatch
+from peft_sapt.ops.devtools import check, numerics
+from peft_sapt.ops.spread import rank_scales
 
 NAMES = ["a", "b", "c"]
 ROWS = token_rows([5, 9, 3, 7])
@@ -44,7 +45,7 @@ def pool_of(family: str, kind: str):
     pool = build_pool(family, NAMES, **fields).eval()
     if kind == "ridge":
         for i in range(3):
-            pool.base_model.attention.learn("default", torch.randn(8, 64, generator=torch.Generator().manual_seed(i)))
+            pool.base_model.router.fit("default", torch.randn(8, 64, generator=torch.Generator().manual_seed(i)))
     return pool
 
 
@@ -75,14 +76,14 @@ if torch.cuda.is_available():
         weights = torch.rand(2, 8, device="cuda")
         torch.cuda.set_sync_debug_mode("error")
         try:
-            gates = rank_gates(weights, [2.0] * 4 + [1.0] * 4, [4] * 6 + [8] * 2)
+            scales = rank_scales(weights, [2.0] * 4 + [1.0] * 4, [4] * 6 + [8] * 2)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        close(gates, rank_gates(weights.cpu(), [2.0] * 4 + [1.0] * 4, [4] * 6 + [8] * 2))
+        close(scales, rank_scales(weights.cpu(), [2.0] * 4 + [1.0] * 4, [4] * 6 + [8] * 2))
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_logits_and_gradients(family: str, kind: str) -> None:
-        pool, batch = pool_of(family, kind), labelled(family)
+        pool, batch = pool_of(family, kind), labelled(family, ROWS)
         other = copy.deepcopy(pool).cuda()
         with torch.no_grad():
             expected = pool(**batch).logits
@@ -118,7 +119,7 @@ if torch.cuda.is_available():
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_half_precision_bases_keep_float32_blocks(dtype: torch.dtype, kind: str) -> None:
         torch.manual_seed(0)
-        pool, batch = pool_of("llama", kind), labelled("llama")
+        pool, batch = pool_of("llama", kind), labelled("llama", ROWS)
         with torch.no_grad():
             expected = pool(**batch).logits
         half = copy.deepcopy(pool).cuda()

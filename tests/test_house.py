@@ -1,4 +1,4 @@
-"""The house itself: imports run one way, files stay small, one file touches PEFT's namespace, the README runs."""
+"""The house itself: few rooms, imports run one way, files stay small, tests stand apart, the README runs."""
 
 from __future__ import annotations
 
@@ -10,48 +10,80 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-PACKAGE = ROOT / "peft_sapt"
-ORDER = [
-    "version", "errors", "files", "overrides", "weights_file", "manifest", "fingerprint", "validation", "records",
-    "card", "config_file", "registration", "hub", "ops",
-    "config", "pool", "checkpointing", "prompt_mask", "packing", "collator", "weights", "ridge", "low_rank",
-    "closed_form", "attention", "stored_attention", "pooling", "mixture", "soft_prompt", "routing", "layer", "pool_io",
-    "reading", "task_names", "tasks", "warm_start", "lora_folder", "prompt_folder", "exchange", "saving", "model",
-    "saver",    "optimizer", "release", "reflection", "continual", "report", "cli",
-]  # fmt: skip
+from helpers.imports import arrows, files_of, longest_chain, modules, rooms
+from helpers.paths import PACKAGE, PATHS, ROOT, TESTS
+
+FILES = files_of(PACKAGE)
+LONGEST_FILE = 400  # lines, so that one class can stand in one file
+LIMITS = {"root modules": 12, "arrows between rooms": 80, "longest chain of rooms": 13, "uses of `or []`": 5}
+BESIDE_ROOMS = {"helpers", "campaigns", "examples"}  # folders of the tests that are no room of the package
+
+in_rooms = pytest.mark.skipif(not (PACKAGE / "routing").is_dir(), reason="the package is not laid out in rooms")
 
 
-def room_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def assert_none(violations: list[str]) -> None:
+    assert not violations, "\n" + "\n".join(violations)
 
 
-def imports_of(path: Path) -> set[str]:
-    """Rooms of the package that a file imports from."""
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            package = [*parts[: len(parts) - node.level], *(node.module.split(".") if node.module else [])]
-            found |= {package[0]} if package else {alias.name for alias in node.names}
-    return found
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
 
 
-FILES = sorted(PACKAGE.rglob("*.py"))
+def test_imports_run_one_way() -> None:
+    """No circle, neither of rooms nor of files, over what is imported when a module is."""
+    circles = []
+    for graph in (rooms(inside_functions=False), modules(inside_functions=False)):
+        try:
+            longest_chain(graph)
+        except ValueError as circle:
+            circles.append(str(circle))
+    assert_none(circles)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_imports_run_one_way(path: Path) -> None:
-    room = room_of(path)
-    if room == "__init__":
-        return
-    for other in imports_of(path) - {room}:
-        assert ORDER.index(other) < ORDER.index(room), f"{path.name} imports from {other}, which comes later"
+@in_rooms
+def test_the_house_is_within_its_limits() -> None:
+    """An arrow counts imports inside functions too; the chain is of imports at module level."""
+    every, chain = arrows(rooms(inside_functions=True)), longest_chain(rooms(inside_functions=False))
+    found = {
+        "root modules": len(list(PACKAGE.glob("*.py"))),
+        "arrows between rooms": len(every),
+        "longest chain of rooms": len(chain),
+        "uses of `or []`": sum(path.read_text(encoding="utf-8").count("or []") for path in FILES),
+    }
+    print("\n".join(f"{name}: {count} of {LIMITS[name]}" for name, count in found.items()))
+    print(" -> ".join(chain))
+    print("\n".join(f"{a} -> {b}" for a, b in every))
+    assert_none([f"{name}: {count}, at most {LIMITS[name]}" for name, count in found.items() if count > LIMITS[name]])
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_rooms_are_small(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 300
+@in_rooms
+def test_only_routing_knows_how_a_router_decides() -> None:
+    outside = [path for path in FILES if path.relative_to(PACKAGE).parts[0] != "routing"]
+    assert_none([f"{named(path)} says closed_form" for path in outside if "closed_form" in path.read_text("utf-8")])
+
+
+@in_rooms
+def test_tests_stand_in_the_rooms_they_test() -> None:
+    folders = {path.relative_to(TESTS).parts[0] for path in TESTS.rglob("test_*.py") if path.parent != TESTS}
+    homeless = sorted(folders - set(rooms(inside_functions=False)) - BESIDE_ROOMS)
+    assert_none([f"tests/{name} is no room of the package" for name in homeless])
+
+
+def test_files_are_small() -> None:
+    sizes = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in [*FILES, *files_of(TESTS)]}
+    assert_none([f"{named(path)} has {n} lines" for path, n in sizes.items() if n > LONGEST_FILE])
+
+
+def test_no_test_file_imports_another() -> None:
+    """What tests share is in tests/helpers, which knows no test."""
+    found = []
+    for path in files_of(TESTS):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            modules += [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+            parts = {part for module in modules for part in module.split(".")}
+            found += [f"{named(path)} imports {part}" for part in parts if re.match(r"test_|conftest$", part)]
+    assert_none(found)
 
 
 def test_one_file_writes_to_pefts_namespace() -> None:
@@ -64,13 +96,14 @@ def test_one_file_writes_to_pefts_namespace() -> None:
 def test_public_functions_have_docstrings() -> None:
     bare = []
     for path in FILES:
-        tree = ast.parse(path.read_text())
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if not ast.get_docstring(tree) and path.stat().st_size:
+            bare.append(named(path))
         for node in tree.body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
                 if not ast.get_docstring(node) and len(node.body) > 4:
-                    bare.append(f"{path.name}:{node.name}")
-        assert ast.get_docstring(tree) or path.stat().st_size == 0, path
-    assert not bare
+                    bare.append(f"{named(path)}:{node.name}")
+    assert_none(bare)
 
 
 def test_the_top_level_holds_nothing_else() -> None:
@@ -78,8 +111,8 @@ def test_the_top_level_holds_nothing_else() -> None:
     if not listed:
         pytest.skip("not a git checkout")
     top = {line.split("/")[0] for line in listed.splitlines()}
-    named = {"peft_sapt", "examples", "tests", "setup.cfg", "pyproject.toml", "CHANGELOG.md", "README.md", "LICENSE"}
-    assert {name for name in top if not name.startswith(".")} == named
+    files = {"setup.cfg", "pyproject.toml", "CHANGELOG.md", "README.md", "LICENSE"}
+    assert {name for name in top if not name.startswith(".")} == files | {"peft_sapt", "examples", "tests"}
 
 
 def readme_blocks() -> list[str]:
@@ -101,10 +134,9 @@ def test_the_guides_python_runs() -> None:
 @pytest.mark.slow
 def test_the_readmes_python_runs(tmp_path) -> None:
     """All Python blocks in one process, in order, on tiny models in place of downloads."""
-    prelude = (ROOT / "tests" / "readme_prelude.py").read_text()
+    prelude = (TESTS / "helpers" / "readme_prelude.py").read_text()
     code = prelude + "\n" + "\n".join(readme_blocks())
     assert len(readme_blocks()) >= 3
-    path = [str(ROOT), str(ROOT / "tests")]
-    script = f"import sys; sys.path[:0] = {path!r}\n{code}"
+    script = f"import sys; sys.path[:0] = {PATHS!r}\n{code}"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert run.returncode == 0, run.stderr[-3000:]

@@ -1,6 +1,6 @@
 """What a PEFT method is expected to do, on every family of models; plain LoRA goes through the same as a control.
 
-The README's table of models is checked against this matrix: a cell is tested, refused, or stands in ``UNTESTED``.
+The guide's table of models is checked against this matrix: a cell is tested, refused, or stands in ``UNTESTED``.
 """
 
 from __future__ import annotations
@@ -14,24 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_model_status
-from tiny import assert_real_pool, padded
-from zoo import CASES, METHODS, ROWS, TASKS, base_of, batch_of, loss_of, result, weights_for
 
+from helpers.paths import ROOT
+from helpers.tiny import assert_real_pool, padded
+from helpers.zoo import CASES, METHODS, ROWS, TASKS, base_of, batch_of, loss_of, out, result, sapt, weights_for
 from peft_sapt.errors import SaptError
 
 Model = PeftModel
-README = Path(__file__).parents[1] / "README.md"
-
-
-def sapt(model: Model) -> bool:
-    return model.peft_config[model.active_adapter].peft_type == "SAPT"
-
-
-def out(name: str, model: Model, rows=ROWS, side: str = "right", extra: int = 0, **kwargs) -> torch.Tensor:
-    if sapt(model) and "sapt_task" not in kwargs:
-        kwargs = {**weights_for(name, len(rows)), **kwargs}
-    with torch.no_grad():
-        return result(model(**batch_of(name, rows, side, extra), **kwargs))
+GUIDE = ROOT / "peft_sapt" / "SUPPORT.md"
 
 
 def base_out(name: str, model: Model) -> torch.Tensor:
@@ -220,7 +210,7 @@ def test_cell(name: str, behaviour: str, method: str, tmp_path: Path) -> None:
 
 
 def table() -> str:
-    """The matrix as Markdown; the README holds it word for word."""
+    """The matrix as Markdown; the guide holds it word for word."""
     lines = ["| model | " + " | ".join(BEHAVIOURS) + " |", "|---|" + "---|" * len(BEHAVIOURS)]
     for name, case in CASES.items():
         cells = []
@@ -231,8 +221,8 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def test_the_readme_shows_this_matrix() -> None:
-    assert table() in README.read_text(encoding="utf-8"), f"put this into README.md:\n{table()}"
+def test_the_guide_shows_this_matrix() -> None:
+    assert table() in GUIDE.read_text(encoding="utf-8"), f"put this into {GUIDE.name}:\n{table()}"
 
 
 def test_few_cells_are_untested() -> None:

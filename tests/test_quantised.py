@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from tiny import padded, tiny_llama, token_rows
 from torch import nn
 
+from helpers.tiny import padded, tiny_llama, token_rows
 from peft_sapt import SaptConfig
 from peft_sapt.ops import reference
 

@@ -9,13 +9,14 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from test_arm import collate, fresh_pool, tokenizer
-from tiny import PAD, build_pool, padded, token_rows
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
+from helpers.tiny import PAD, build_pool, commit, grow, padded, token_rows
+from helpers.training import fresh_pool
+from helpers.words import collate, tokenizer
 from peft_sapt import ArmCallback, SaptConfig
+from peft_sapt.arm.generator import end_token, without_closing
 from peft_sapt.errors import PromptError, ReflectionError, TaskError
-from peft_sapt.reflection.generator import end_token, without_closing
 
 ROWS = token_rows([5, 9, 3, 14])
 
@@ -114,7 +115,7 @@ def test_without_autocast_blocks_have_the_number_type_of_the_base_or_of_their_fi
         loaded.add_adapter("new", copy.deepcopy(config), autocast_adapter_dtype=False)
         assert {p.dtype for n, p in loaded.named_parameters() if ".sapt_A.new" in n} == {torch.bfloat16}
         loaded(**padded(ROWS))
-    small.add_task("d")
+    grow(small, "d")
     small.train()
     batch = padded(ROWS, "right")
     small(**batch, labels=batch["input_ids"].index_fill(1, torch.tensor([0, 1]), -100)).loss.backward()
@@ -126,7 +127,11 @@ def test_rows_of_padding_are_refused_at_commit() -> None:
     model = build_pool("llama", ["a"])
     batch = padded(ROWS)
     batch["attention_mask"][1] = 0
-    for arguments in ({"inputs": [batch]}, {"replay": [batch]}, {"inputs": torch.full((2, 64), float("inf"))}):
+    for arguments in (
+        {"inputs": [batch]},
+        {"inputs": [padded(ROWS)], "replay": [batch]},
+        {"inputs": torch.full((2, 64), float("inf"))},
+    ):
         with pytest.raises(PromptError, match=r"rows \[.*nothing was changed"):
             model.commit_task(**arguments)
         assert model.committed_tasks == []
@@ -140,23 +145,24 @@ def test_rows_seen_belong_to_their_pool() -> None:
     model(input_ids=ids, labels=labels)
     model.add_adapter("other", SaptConfig(task_type="CAUSAL_LM", tasks=["x", "y"]))
     model.set_adapter("other")
-    model.commit_task()
-    assert model.base_model.attention.targets("other")[1].tolist() == [0.0, 1.0]
+    with pytest.raises(TaskError, match=r"'y' cannot be committed, since no training prompt of it is known"):
+        model.commit_task()
+    assert model.committed_tasks == ["x"]
 
 
 def test_removing_a_task_keeps_the_others_committed() -> None:
     model = build_pool("llama", ["a", "b", "c"])
-    attention = model.base_model.attention
-    attention.targets("default").copy_(torch.tensor([[1.0, 0, 0], [1.0, 0, 0], [0.5, 0.3, 0.2]]))
+    memory = model.base_model.hooks.memory
+    memory.targets("default").copy_(torch.tensor([[1.0, 0, 0], [1.0, 0, 0], [0.5, 0.3, 0.2]]))
     model.remove_task("a")
     assert model.committed_tasks == ["b", "c"]
-    torch.testing.assert_close(attention.targets("default"), torch.tensor([[1.0, 0.0], [0.6, 0.4]]))
+    torch.testing.assert_close(memory.targets("default"), torch.tensor([[1.0, 0.0], [0.6, 0.4]]))
 
 
 def test_loading_an_open_pool_over_a_committed_one_opens_it(tmp_path) -> None:
     model = build_pool("llama", ["a", "b"])
     model.save_pretrained(tmp_path)
-    model.commit_task()
+    commit(model)
     assert not any(p.requires_grad for p in model.parameters())
     model.load_adapter(tmp_path, "default", is_trainable=True)
     assert model.committed_tasks == ["a"]
@@ -232,8 +238,8 @@ def test_copies_are_recognised_behind_a_closing_end_token(monkeypatch) -> None:
         selection.offer([10, 11], True)
         selection.offer([10, 12], True)
 
-    monkeypatch.setattr("peft_sapt.reflection.replay.draw", draw)
+    monkeypatch.setattr("peft_sapt.arm.replay.draw", draw)
     arm.reflect(model)
     assert (arm.reports["a"]["copies"], arm.reports["a"]["kept"]) == (1, 1)
     expected = model.pooled_prompts([{"input_ids": torch.tensor([[10, 12, 2]])}])
-    assert torch.equal(model.base_model.attention.replay("default")[0], expected)
+    assert torch.equal(model.base_model.hooks.memory.replay("default")[0], expected)

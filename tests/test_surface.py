@@ -5,9 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import PeftModel, get_model_status, get_peft_model, inject_adapter_in_model
-from peft.utils import AuxiliaryTrainingWrapper
-from test_arm import arguments, collate, rows_of, tokenizer
-from tiny import PAD, assert_real_pool, build_pool, padded, tiny_llama, tiny_t5, token_rows
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -20,10 +17,13 @@ from transformers import (
     Seq2SeqTrainingArguments,
     Trainer,
 )
-from zoo import TASKS, base_of, batch_of, pool_of, result
 
+from helpers.tiny import PAD, assert_real_pool, build_pool, padded, tiny_llama, tiny_t5, token_rows
+from helpers.training import arguments
+from helpers.words import collate, rows_of, tokenizer
+from helpers.zoo import TASKS, base_of, batch_of, pool_of
 from peft_sapt import ArmCallback, SaptConfig
-from peft_sapt.errors import SaptError, TaskError, WeightsError
+from peft_sapt.errors import SaptError, WeightsError
 
 ROWS = token_rows([5, 9, 3, 12])
 
@@ -100,18 +100,6 @@ def test_what_transformers_saves_opens_as_a_peft_model(tmp_path) -> None:
     assert torch.equal(logits(loaded), expected) and loaded.tasks == ["a", "b", "c"]
 
 
-def test_saved_modules_are_never_looked_for_in_the_attention(tmp_path) -> None:
-    """A second adapter that saves every "norm" of the base, as plain LoRA's may."""
-    full = {"modules_to_save": ["embed_tokens", "norm", "key"], "target_modules": ["q_proj"]}
-    model = get_peft_model(tiny_llama(), SaptConfig(task_type="CAUSAL_LM", task_name="x", **full))
-    model.add_adapter("b", SaptConfig(task_type="CAUSAL_LM", task_name="y", **full))
-    model.save_pretrained(tmp_path)
-    model.load_adapter(tmp_path, "c")
-    wrapped = {n for n, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)}
-    assert {"base_model.model.model.embed_tokens", "base_model.model.model.norm"} <= wrapped
-    assert not [name for name in wrapped if "shared_attention" in name]
-
-
 def test_masked_tokens_of_an_encoder_do_not_end_its_prompt() -> None:
     """Masked language models have no task type of their own: with and without labels the query is the whole row."""
     sizes = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -122,7 +110,7 @@ def test_masked_tokens_of_an_encoder_do_not_end_its_prompt() -> None:
     labels = torch.full_like(batch["input_ids"], -100)
     labels[:, [0, 3]] = batch["input_ids"][:, [0, 3]]
     model(**batch, labels=labels).loss.backward()
-    seen = model.base_model.prompt_router.routing.seen["default"]
+    seen = model.base_model.hooks.memory.seen("default")
     torch.testing.assert_close(torch.cat(seen), model.base_model.pooled_prompts([batch]))
 
 
@@ -152,7 +140,7 @@ def test_injection_without_a_wrapper() -> None:
     plain = logits(base)
     model = inject_adapter_in_model(SaptConfig(tasks=TASKS, init_weights=False), base)
     assert model is base and not torch.allclose(logits(model), plain, atol=1e-3)
-    assert get_model_status(model).num_adapter_layers == 4 + 1
+    assert get_model_status(model).num_adapter_layers == 4 + 2  # the router and the memory
     wrapped = get_peft_model(tiny_llama(), SaptConfig(task_type="CAUSAL_LM", tasks=TASKS))
     assert get_model_status(wrapped).peft_types == {"default": "SAPT"}
 
@@ -164,44 +152,10 @@ def test_without_a_task_type_generation_holds_the_weights_of_the_prompt() -> Non
     settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
     seen = []
     layer = next(m for m in model.modules() if hasattr(m, "sapt_A"))
-    layer.register_forward_pre_hook(lambda m, args: seen.append(m.routing.weights.clone()))
+    layer.register_forward_pre_hook(lambda m, args: seen.append(m.forward_state.weights.clone()))
     cached = model.generate(**padded(ROWS), **settings)
     assert torch.equal(cached, model.generate(**padded(ROWS), **settings, use_cache=False))
     assert len(seen) == 10 and all(torch.allclose(weights, held, atol=1e-6) for weights in seen)
-
-
-def test_a_saved_module_travels_with_a_pool_of_one_task(tmp_path) -> None:
-    model = build_pool("llama", ["a"], modules_to_save=["lm_head"]).eval()
-    with torch.no_grad():
-        model.get_base_model().lm_head.modules_to_save["default"].weight.normal_()
-    expected = logits(model)
-    model.save_pretrained(tmp_path)
-    base = model.unload()
-    base.lm_head.reset_parameters()
-    torch.testing.assert_close(logits(PeftModel.from_pretrained(base, tmp_path).eval()), expected)
-    with pytest.raises(TaskError, match="one head"):
-        build_pool("llama", ["a"], modules_to_save=["lm_head"]).add_task("b")
-
-
-@pytest.mark.parametrize("name", ["BERT, sequence", "BERT, token", "BERT, question", "Llama, sequence"])
-def test_a_second_task_never_overwrites_a_head(name) -> None:
-    """The head belongs to the task it was trained with: another task needs another pool, and gets its own head."""
-    model = pool_of(name, tasks=["a"], task_ranks=[2])
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(TaskError, match=r"one head.*one adapter per task"):
-        model.add_task("b")
-    after = model.state_dict()
-    assert all(torch.equal(before[k], after[k]) for k in after)
-    with torch.no_grad():
-        expected = result(model(**batch_of(name)))
-        model.add_adapter("b", SaptConfig(task_type=model.peft_config["default"].task_type, task_name="b"))
-        model.set_adapter("b")
-        for key, parameter in model.named_parameters():
-            if ".b." in key and "modules_to_save" in key:
-                parameter.add_(1.0)
-        assert not torch.allclose(result(model(**batch_of(name))), expected, atol=1e-3)
-        model.set_adapter("default")
-        assert torch.equal(result(model(**batch_of(name))), expected)
 
 
 def test_encoders_take_stored_rows() -> None:
@@ -269,12 +223,6 @@ def test_routers_and_experts_are_refused_by_name_and_the_rest_of_their_model_is_
 def test_layers_that_are_no_linears_are_refused_by_name() -> None:
     with pytest.raises(SaptError, match=r"model\.embed_tokens.*Embedding"):
         get_peft_model(tiny_llama(), SaptConfig(task_type="CAUSAL_LM", target_modules=["embed_tokens"]))
-
-
-@pytest.mark.parametrize("field", ["use_dora", "rank_pattern", "alpha_pattern"])
-def test_lora_variants_are_refused_by_name(field) -> None:
-    with pytest.raises(SaptError, match=rf"SaptConfig\.{field} is not supported"):
-        SaptConfig(**{field: {"q_proj": 2}})
 
 
 def test_rslora_scales_by_the_root_of_the_rank() -> None:
@@ -353,6 +301,46 @@ assert snapshot() == before, [k for k in before if snapshot().get(k) != before[k
     assert run.returncode == 0, run.stderr[-2000:]
 
 
+def shadowed(model) -> set[tuple[str, str]]:
+    """Methods of a class that an instance within ``model`` has replaced for itself: (class, name)."""
+    return {
+        (type(module).__name__, name)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if callable(value) and callable(getattr(type(module), name, None))
+    }
+
+
+def test_methods_are_replaced_in_one_place_alone(tmp_path) -> None:
+    """On the PeftModel, two for its card once it is built, a third by ArmCallback; reading or saving adds none.
+
+    Plain LoRA is the control: PEFT and transformers replace some methods of an instance themselves.
+    """
+    from peft import LoraConfig, get_peft_model_state_dict
+    from torch.nn.modules import module as torch_modules
+
+    from helpers.training import fresh_pool, trainer
+    from peft_sapt.pool.model_methods import REPLACED
+
+    kinds = {"lora": LoraConfig(task_type="CAUSAL_LM"), "pool": SaptConfig(task_type="CAUSAL_LM", task_name="a")}
+    models = {name: get_peft_model(tiny_llama(), config) for name, config in kinds.items()}
+    card = {("PeftModelForCausalLM", name) for name in REPLACED[:2]}
+    assert shadowed(models["pool"]) - shadowed(models["lora"]) == card
+    for name, model in models.items():
+        get_peft_model_state_dict(model)
+        model.save_pretrained(tmp_path / name)
+        model.generate(**padded(token_rows([4])), max_new_tokens=1)
+        model.load_adapter(tmp_path / name, "again")
+        model.delete_adapter("again")
+    assert shadowed(models["pool"]) - shadowed(models["lora"]) == card
+    assert not torch_modules._global_module_registration_hooks, "the look at the wrapper is over"
+    run = trainer(fresh_pool(), tmp_path / "run", "a", [ArmCallback(tokenizer(), replay="rows")], max_steps=1)
+    run.train()
+    assert {pair for pair in shadowed(run.model) if pair[1] in REPLACED} == card | {
+        ("PeftModelForCausalLM", REPLACED[2])
+    }
+
+
 def test_a_plain_module_with_weights_of_the_caller() -> None:
     model = pool_of("nn.Module")
     x = batch_of("nn.Module")["x"]
@@ -371,7 +359,7 @@ def test_generating_in_train_mode_is_no_training() -> None:
     settings = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
     found = model.generate(**padded(ROWS), **settings)
     model.generate(**padded(ROWS), sapt_task="a", **settings)
-    assert "default" not in model.base_model._routing.seen
+    assert not model.base_model.hooks.memory.seen("default")
     assert torch.equal(found, model.eval().generate(**padded(ROWS), **settings))
 
 
@@ -381,7 +369,7 @@ def test_untyped_generation_holds_the_weights_whatever_its_arguments() -> None:
     base.generation_config.max_new_tokens = 4
     held, seen = model.attention_weights(**padded(ROWS)), []
     layer = next(m for m in model.modules() if hasattr(m, "sapt_A"))
-    layer.register_forward_pre_hook(lambda m, args: seen.append(m.routing.weights.clone()))
+    layer.register_forward_pre_hook(lambda m, args: seen.append(m.forward_state.weights.clone()))
     model.generate(**padded(ROWS), use_cache=False, num_return_sequences=1)
     assert len(seen) > 1 and all(torch.allclose(weights, held, atol=1e-6) for weights in seen)
     labels = torch.full_like(padded(ROWS)["input_ids"], -100)
@@ -396,40 +384,6 @@ def test_untyped_generation_holds_the_weights_whatever_its_arguments() -> None:
     assert model.base_model.attention.sapt_key["default"].weight.grad.any()
 
 
-@pytest.mark.parametrize("switch", ["nothing", "disable", "set"])
-def test_the_head_of_a_committed_task_never_moves(switch) -> None:
-    from test_matrix import out
-    from zoo import loss_of
-
-    model = pool_of("BERT, sequence", tasks=["a"], task_ranks=[2])
-    heads = {n: p for n, p in model.named_parameters() if "modules_to_save" in n}
-    assert heads and all(p.requires_grad for p in heads.values())
-    model.commit_task()
-    expected = out("BERT, sequence", model, sapt_task="a")
-    if switch == "disable":
-        with model.disable_adapter():
-            pass
-    elif switch == "set":
-        model.set_adapter("default")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    loss = loss_of("BERT, sequence", model.train())
-    if loss.requires_grad:
-        loss.backward()
-    optimizer.step()
-    assert torch.equal(out("BERT, sequence", model.eval(), sapt_task="a"), expected)
-    model.reopen_task()
-    assert all(p.requires_grad for p in heads.values())
-
-
-def test_a_head_that_tasks_share_is_not_trained() -> None:
-    from zoo import loss_of
-
-    model = pool_of("BERT, sequence")
-    loss_of("BERT, sequence", model.train()).backward()
-    moved = [n for n, p in model.named_parameters() if p.grad is not None]
-    assert moved and not [n for n in moved if "modules_to_save" in n]
-
-
 def test_rows_seen_leave_with_their_pool() -> None:
     model = build_pool("llama", TASKS)
     model.add_adapter("other", SaptConfig(task_type="CAUSAL_LM"))
@@ -437,7 +391,7 @@ def test_rows_seen_leave_with_their_pool() -> None:
     labels = padded(ROWS)["input_ids"].clone()
     labels[:, :-1] = -100
     model.train()(**padded(ROWS), labels=labels)
-    assert model.base_model._routing.seen["other"]
+    assert model.base_model.hooks.memory.seen("other")
     model.set_adapter("default")
     model.delete_adapter("other")
-    assert "other" not in model.base_model._routing.seen
+    assert not model.base_model.hooks.memory.seen("other")

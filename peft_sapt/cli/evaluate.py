@@ -15,7 +15,7 @@ from ..continual.learner import Bench, Budget
 from ..continual.method import labels_of
 from ..continual.settings import Data, make_bench
 from ..errors import PoolFormatError
-from ..files import write_atomically
+from ..storage.atomic import write_atomically
 from .benching import described_stream, resolved, stream_and_orders
 from .options import as_yaml, left_to_default, takes
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 from torch import Tensor
 
-from ..manifest import digest, plain_name
+from ..storage.manifest import digest, plain_name
 from .pool_edit import export, import_, remove
 from .pool_file import read_pool, verified
 from .pool_push import push

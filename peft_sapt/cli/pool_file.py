@@ -9,8 +9,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
 from ..errors import PoolFormatError
-from ..manifest import digest, is_manifest, plain_name, read_manifest
-from ..weights_file import opened
+from ..storage.manifest import differences, is_manifest, nonfinite, opened, plain_name, read_manifest
 
 
 def read_pool(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -29,13 +28,10 @@ def read_pool(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def verified(folder: Path) -> int:
     """The number of tensors of the pool in ``folder``; raises [`PoolFormatError`] if one is not what was saved."""
     tensors, manifest = read_pool(folder)
-    known = {plain_name(name): value for name, value in manifest["sha256"].items()}
-    here = {plain_name(name): tensor for name, tensor in tensors.items()}
-    wrong = sorted(name for name in known.keys() & here.keys() if digest(here[name]) != known[name])
-    for what, names in (("missing", known.keys() - here), ("unknown", here.keys() - known), ("changed", wrong)):
+    for what, names in differences(manifest, tensors.items())._asdict().items():
         if names:
-            raise PoolFormatError(f"{folder}: {len(names)} tensors are {what}, {sorted(names)[0]!r} first.")
-    bad = sorted(name for name, t in here.items() if t.is_floating_point() and not bool(t.isfinite().all()))
+            raise PoolFormatError(f"{folder}: {len(names)} tensors are {what}, {names[0]!r} first.")
+    bad = nonfinite({plain_name(name): tensor for name, tensor in tensors.items()})
     if bad:
         raise PoolFormatError(f"{folder}: {len(bad)} tensors hold NaN or infinity, {bad[0]!r} first.")
-    return len(here)
+    return len(tensors)

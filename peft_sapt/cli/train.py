@@ -9,14 +9,14 @@ from typing import Any
 
 import click
 
-from ..continual.grid import Run, do, is_done, of_run, runs_of, text_of
+from ..continual.grid import Run, bench_for, is_done, run_one, runs_of, text_of
 from ..continual.learner import Budget
 from ..continual.methods import LABELS
 from ..continual.options import described
 from ..continual.results import NAME, metrics_of
 from ..continual.settings import Data, make_bench
-from ..files import write_atomically
 from ..report.tables import DIGITS
+from ..storage.atomic import write_atomically
 from .benching import described_stream, must_be_folder, resolved, stream_and_orders
 from .options import as_yaml, built, takes
 
@@ -47,12 +47,12 @@ def command(ctx: click.Context, dry_run: bool, **_: Any) -> None:
         return
     path = training.out / NAME
     with tempfile.TemporaryDirectory() as work:
-        bench = of_run(make_bench(data, budget, Path(work), stream), run, orders)
+        bench = bench_for(make_bench(data, budget, Path(work), stream), run, orders)
         if is_done(path, bench, run):
             click.echo(f"{path} is there already, made with the same settings: nothing to do.")
             return
         training.out.mkdir(parents=True, exist_ok=True)
-        result, method = do(bench, run, {"model": data.model})
+        result, method = run_one(bench, run, {"model": data.model})
         method.save(training.out / "model")
         write_atomically(path, text_of(result))  # last: its being there says that all is
     show(run, result)

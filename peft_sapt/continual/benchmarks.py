@@ -15,7 +15,7 @@ from ..errors import StreamError
 class Benchmark:
     """What a benchmark fixes: task orders by name, the text around an input, the metric and the length of answers.
 
-    ``max_answer`` is in tokens, the end token included; the release generates up to 50.
+    ``max_answer`` is in tokens, the end token included; the official code generates up to 50.
     """
 
     orders: dict[str, tuple[str, ...]]

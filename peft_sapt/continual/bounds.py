@@ -13,7 +13,7 @@ from .method import Method, lora_config
 from .streams import Row
 
 
-class Base(Method):
+class NoLearning(Method):
     """The base model, which learns nothing."""
 
     title = "base model"

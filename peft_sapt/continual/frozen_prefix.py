@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 FAMILIES = ("llama",)  # whose decoder layers are called as below
-ROOM = 8 * 2**30  # bytes of rows that are remembered at most, and a quarter of a GPU's; the oldest are dropped first
+CACHE_BYTES = (
+    8 * 2**30
+)  # bytes of rows that are remembered at most, and a quarter of a GPU's; the oldest are dropped first
 
 
-class Known(NamedTuple):
+class KnownRow(NamedTuple):
     """A row's hidden states [1, S, d] above the prefix, and keys and values [1, H, S, D] of its layers or None."""
 
     hidden: Tensor
@@ -39,7 +41,7 @@ class FrozenPrefix(nn.Module):
     def __init__(self, decoder: Any, depth: int) -> None:
         super().__init__()
         self._below: tuple[list[Any], Any] = ([layer.eval() for layer in decoder.layers[:depth]], decoder.rotary_emb)
-        self.rows: dict[tuple[int, ...], Known] = {}
+        self.rows: dict[tuple[int, ...], KnownRow] = {}
         self.bytes = 0  # of all rows
         self.spans: list[tuple[int, tuple[int, ...]]] | None = None  # of the forward under way: start, tokens
 
@@ -99,13 +101,13 @@ class FrozenPrefix(nn.Module):
             self.fill(past_key_values, found, spans, hidden_states.shape[1])
         return result
 
-    def look_up(self, tokens: tuple[int, ...], embeddings: Tensor, fill: bool) -> Known:
+    def look_up(self, tokens: tuple[int, ...], embeddings: Tensor, fill: bool) -> KnownRow:
         known = self.rows.get(tokens)
         if known is None or (fill and known.cached is None):
             self.forget(tokens)
             known = self.rows[tokens] = self.compute(embeddings.detach(), fill)
             self.bytes += known.bytes
-            while self.bytes > room(embeddings.device) and len(self.rows) > 1:
+            while self.bytes > cache_budget(embeddings.device) and len(self.rows) > 1:
                 self.forget(next(iter(self.rows)))
         return known
 
@@ -114,7 +116,7 @@ class FrozenPrefix(nn.Module):
         self.bytes -= 0 if known is None else known.bytes
 
     @torch.no_grad()
-    def compute(self, hidden: Tensor, fill: bool) -> Known:
+    def compute(self, hidden: Tensor, fill: bool) -> KnownRow:
         layers, rotary = self._below
         positions = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
         cache: Any = DynamicCache() if fill else None
@@ -124,22 +126,22 @@ class FrozenPrefix(nn.Module):
                 hidden, position_ids=positions, past_key_values=cache, use_cache=fill, position_embeddings=embeddings
             )
         kept = None if cache is None else [(layer.keys, layer.values) for layer in cache.layers]
-        return Known(hidden, kept)
+        return KnownRow(hidden, kept)
 
-    def fill(self, cache: Any, found: list[Known], spans: list[tuple[int, tuple[int, ...]]], width: int) -> None:
+    def fill(self, cache: Any, found: list[KnownRow], spans: list[tuple[int, tuple[int, ...]]], width: int) -> None:
         """Give ``cache`` the keys and values that the layers would have."""
         for index in range(len(self._below[0])):
             pair = []
             for which in (0, 1):
                 first = found[0].cached[index][which]  # type: ignore[index]
-                whole = first.new_zeros(len(found), first.shape[1], width, first.shape[3])
+                padded = first.new_zeros(len(found), first.shape[1], width, first.shape[3])
                 for i, ((start, tokens), known) in enumerate(zip(spans, found, strict=True)):
-                    whole[i, :, start : start + len(tokens)] = known.cached[index][which][0]  # type: ignore[index]
-                pair.append(whole)
+                    padded[i, :, start : start + len(tokens)] = known.cached[index][which][0]  # type: ignore[index]
+                pair.append(padded)
             cache.update(*pair, index)
 
 
-class Passed(nn.Module):
+class SkippedLayer(nn.Module):
     """A layer of the prefix, whose part was done by the first."""
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
@@ -151,11 +153,11 @@ def _kind(module: nn.Module) -> tuple[torch.device, torch.dtype]:
     return first.device, first.dtype
 
 
-def room(device: torch.device) -> int:
+def cache_budget(device: torch.device) -> int:
     """Bytes that rows may take on ``device``."""
     if device.type != "cuda":
-        return ROOM
-    return min(ROOM, torch.cuda.get_device_properties(device).total_memory // 4)
+        return CACHE_BYTES
+    return min(CACHE_BYTES, torch.cuda.get_device_properties(device).total_memory // 4)
 
 
 def counts_from_first_token(position_ids: Tensor | None, spans: list[tuple[int, tuple[int, ...]]]) -> bool:
@@ -177,7 +179,7 @@ def with_frozen_prefix(base: nn.Module, depth: int) -> nn.Module | None:
     decoder = model.get_decoder()  # type: ignore[operator]
     prefix = FrozenPrefix(decoder, depth)
     for index in range(depth):
-        decoder.layers[index] = Passed() if index else prefix
+        decoder.layers[index] = SkippedLayer() if index else prefix
     decoder.register_forward_pre_hook(prefix.note, with_kwargs=True)
     model.config.use_cache = False  # type: ignore[union-attr]  # in training; generate() asks for one by itself
     return model

@@ -6,7 +6,6 @@ Several processes may work on one folder: a run under way is held by a lock that
 
 from __future__ import annotations
 
-import fcntl
 import gc
 import hashlib
 import json
@@ -18,20 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from ..errors import StreamError
-from ..files import write_atomically
-from ..fingerprint import fingerprint as numbers_of
-from ..fingerprint import short_print
+from ..storage.atomic import write_atomically
+from ..storage.fingerprint import fingerprint as numbers_of
+from ..storage.fingerprint import short_print
 from .learner import Bench
 from .method import Method, learn_stream
 from .methods import METHODS, alone_of
 from .metrics import average_performance, backward_transfer, forgetting_rate
-from .provenance import here
+from .provenance import environment
 from .streams import fingerprint
 
-RUN = ("method", "order", "seed")  # what tells the runs of one benchmark apart
+RUN_KEYS = ("method", "order", "seed")  # what tells the runs of one benchmark apart
 
 
 @dataclass(frozen=True)
@@ -99,15 +99,15 @@ def run_grid(
         path = run.path(folder)
         path.parent.mkdir(parents=True, exist_ok=True)
         with held(path) as mine:
-            own = of_run(bench, run, orders)
+            own = bench_for(bench, run, orders)
             if not mine or is_done(path, own, run):
                 continue
-            write_atomically(path, text_of(do(own, run, provenance)[0]))
+            write_atomically(path, text_of(run_one(own, run, provenance)[0]))
             gc.collect()  # the model, whose hooks and modules refer to each other, before the next one is built
             tqdm.write(f"{time.strftime('%H:%M:%S')} {path}")
 
 
-def do(own: Bench, run: Run, provenance: dict[str, Any]) -> tuple[dict[str, Any], Method]:
+def run_one(own: Bench, run: Run, provenance: dict[str, Any]) -> tuple[dict[str, Any], Method]:
     """The result of one run on a bench of its order and seed, and the method that has learned it."""
     begun = time.perf_counter()
     method = METHODS[run.method](own)
@@ -125,12 +125,12 @@ def do(own: Bench, run: Run, provenance: dict[str, Any]) -> tuple[dict[str, Any]
         "settings": settings_of(own),
         "summary": summary,
         **found,
-        "provenance": {**here(), **provenance, "seconds": {k: round(v, 1) for k, v in seconds.items()}},
+        "provenance": {**environment(), **provenance, "seconds": {k: round(v, 1) for k, v in seconds.items()}},
     }
     return result, method
 
 
-def of_run(bench: Bench, run: Run, orders: Orders) -> Bench:
+def bench_for(bench: Bench, run: Run, orders: Orders) -> Bench:
     """``bench`` with the order and the seed of ``run``; the base model stays shared."""
     own = replace(
         bench,
@@ -176,8 +176,8 @@ def is_done(path: Path, own: Bench, run: Run) -> bool:
     if not path.exists():
         return False
     found = json.loads(path.read_text(encoding="utf-8"))
-    known = {**found["settings"], **{key: found.get(key) for key in RUN}}
-    wanted = {**settings_of(own), **{key: getattr(run, key) for key in RUN}}
+    known = {**found["settings"], **{key: found.get(key) for key in RUN_KEYS}}
+    wanted = {**settings_of(own), **{key: getattr(run, key) for key in RUN_KEYS}}
     differing = differences(known, wanted)
     if differing:
         raise StreamError(
@@ -210,14 +210,14 @@ def text_of(result: dict[str, Any]) -> bytes:
 @contextmanager
 def held(path: Path) -> Iterator[bool]:
     """Whether this process may work on ``path`` now; another one that does holds a lock until it ends or dies."""
-    lock = path.with_name(f".{path.name}.lock")
-    with lock.open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            lock.unlink(missing_ok=True)
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)

@@ -98,8 +98,11 @@ class PenaltyTrainer(Trainer):
 
     penalty: Penalty | None = None
 
-    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        found: Any = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+    # the further arguments differ between versions of transformers
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any
+    ) -> Any:
+        found: Any = super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
         if self.penalty is None or not model.training:
             return found
         loss, *rest = found if return_outputs else (found,)

@@ -58,7 +58,7 @@ class Method:
     def note_scores(self, scores: dict[str, float]) -> None:
         """Called with the score on each task at the end, in percent."""
 
-    def found(self) -> Found:
+    def extra_results(self) -> Found:
         """What only this method reports, asked for after the last stage."""
         return {}
 
@@ -116,7 +116,7 @@ def learn_stream(method: Method) -> Found:
     if method.alone:
         found["single"] = list(matrix[-1])
     found["validation"] = [score_task(method, name, None, split="validation") for name in names]
-    return found | method.found()
+    return found | method.extra_results()
 
 
 def labels_of(bench: Bench, name: str) -> Labels | None:

@@ -11,13 +11,13 @@ from .baselines.lfpt5 import LFPT5
 from .baselines.o_lora import OLora
 from .baselines.prog_prompt import ProgPrompt, ProgPromptKnown
 from .baselines.replay import Replay
-from .bounds import Base, MultiTask, PerTask, Sequential
+from .bounds import MultiTask, NoLearning, PerTask, Sequential
 from .learner import Bench
 from .method import Method
-from .sapt import RECIPES, Pool, PromptPerTask, PromptSequential
+from .sapt import RECIPES, PromptPerTask, PromptSequential, SaptMethod
 
 METHODS: dict[str, Callable[[Bench], Method]] = {
-    "base": Base,
+    "base": NoLearning,
     "sequential": Sequential,
     "per-task": PerTask,
     "multi-task": MultiTask,
@@ -30,7 +30,7 @@ METHODS: dict[str, Callable[[Bench], Method]] = {
     "prog-prompt-known": ProgPromptKnown,
     "prompt-sequential": PromptSequential,
     "prompt-per-task": PromptPerTask,
-    **{name: partial(Pool, recipe=recipe) for name, recipe in RECIPES.items()},
+    **{name: partial(SaptMethod, recipe=recipe) for name, recipe in RECIPES.items()},
 }
 LABELS = {
     "base": "base model",
@@ -48,8 +48,8 @@ LABELS = {
     "sapt-ridge": 'SAPT, `router="ridge"`',
     "sapt-real-rows": "SAPT, real rows replayed",
     "sapt-no-arm": "SAPT without ARM",
-    "sapt-no-gate": "SAPT without the gate term",
-    "sapt-as-released": "SAPT with ARM as released",
+    "sapt-no-floor": "SAPT without the floor term",
+    "sapt-official": "SAPT with the official ARM",
     "prompt-sequential": "sequential prompt tuning",
     "prompt-per-task": "one prompt per task, known",
     "sapt-prompt": 'SAPT-Prompt, `router="ridge"`',

@@ -14,7 +14,7 @@ import torch
 PACKAGES = ("peft-sapt", "torch", "transformers", "peft")
 
 
-def here() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
     """Versions of the packages that matter, the machine, the time in UTC, and the commit or None."""
     return {
         **{name: installed(name) for name in PACKAGES},

@@ -12,14 +12,18 @@ from typing import Any
 import numpy as np
 
 from ..errors import StreamError
-from ..files import read_bounded, write_atomically
+from ..storage.atomic import read_bounded, write_atomically
 from .grid import Run, text_of
 from .methods import LABELS, alone_of
 from .metrics import average_performance, backward_transfer, forgetting_of, forgetting_rate, forward_transfer
 
 Result = dict[str, Any]
 NAME = "results.json"
-BULKY = ("prompt_weights", "gates_while_training")  # kept in the runs' own files
+BULKY = (
+    "prompt_weights",
+    "new_task_weights",
+    "gates_while_training",  # as older results call the one before
+)  # kept in the runs' own files
 METRICS = ("validation", "AP", "F.Ra", "FWT", "BWT", "routing", "own weight", "AP constrained", "F.Ra constrained")
 BOUNDS = ("base", "per-task", "multi-task", "prompt-per-task", "prog-prompt-known")  # which cannot forget
 

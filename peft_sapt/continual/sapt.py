@@ -7,10 +7,10 @@ from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model
 
+from ..arm import ArmCallback, GeneratorSettings
+from ..arm.checks import pool_of
 from ..config import SaptConfig
-from ..reflection import ArmCallback, GeneratorSettings
-from ..reflection.checks import pool_of
-from ..saver import save_pool
+from ..pool.save_pool import save_pool
 from .answering import weights_of_prompts
 from .bounds import PerTask
 from .learner import Bench, train
@@ -20,11 +20,11 @@ from .method import NAN, Found, Method, learn_stream, task_type
 @dataclass
 class Recipe:
     """A variant of SAPT: fields of its config, arguments of its [`ArmCallback`] (None: no callback at all), and
-    whether keys and query projection learn at the blocks' rate, as released."""
+    whether keys and query projection learn at the blocks' rate, as in the official code."""
 
     config: dict[str, Any] = field(default_factory=dict)
     arm: dict[str, Any] | None = field(default_factory=dict)
-    released_rate: bool = False
+    one_rate: bool = False
 
 
 RECIPES = {
@@ -33,11 +33,11 @@ RECIPES = {
     "sapt-prompt": Recipe(config={"router": "ridge", "block": "prompt"}),
     "sapt-prompt-learned": Recipe(config={"block": "prompt"}),
     "sapt-real-rows": Recipe(arm={"replay": "rows"}),
-    "sapt-no-gate": Recipe(arm={"gate_weight": 0.0}),
+    "sapt-no-floor": Recipe(arm={"floor_weight": 0.0}),
     "sapt-no-arm": Recipe(arm=None),
-    # the release's loss: KL alone, nothing that opens the gate; its gradient, and one learning rate for everything
-    "sapt-as-released": Recipe(
-        config={"old_block_gradient": False}, arm={"gate_weight": 0.0, "align_steps": 0}, released_rate=True
+    # the official loss: KL alone, nothing that gives a new task weight; its gradient; one learning rate for everything
+    "sapt-official": Recipe(
+        config={"old_block_gradient": False}, arm={"floor_weight": 0.0, "align_steps": 0}, one_rate=True
     ),
 }
 
@@ -73,13 +73,13 @@ def prompt_training(bench: Bench) -> dict[str, Any]:
     }
 
 
-class Pool(Method):
+class SaptMethod(Method):
     """A pool that learns by ``recipe``. Beside the matrices it reports
 
     ``train_weights`` [T][T], the mean attention on each task's training prompts when it had been learned;
     ``routing_by_stage`` and ``own_weight_by_stage``, both [T][T] like the matrix; ``mean_weights`` [T][T] and
     ``prompt_weights`` [T][N][T] on the scored prompts at the end; ``routing``, percent of prompts whose own block
-    leads; ``gates_while_training``; ``pseudo_samples``, counts by task.
+    leads; ``new_task_weights``; ``pseudo_samples``, counts by task.
     """
 
     title = "SAPT"
@@ -90,9 +90,9 @@ class Pool(Method):
         prompt = recipe.config.get("block") == "prompt"
         self.model = get_peft_model(bench.fresh(adapts_input=prompt), sapt_config(bench, **recipe.config))
         self.arm = None if recipe.arm is None else arm_for(bench, **recipe.arm)
-        rate = bench.budget.lr if recipe.released_rate else bench.budget.attention_lr
+        rate = bench.budget.lr if recipe.one_rate else bench.budget.attention_lr
         self.training = prompt_training(bench) if prompt else {"attention_lr": rate, "marks_prompts": True}
-        self.gates: dict[str, list[float]] = {}
+        self.new_task_weights: dict[str, list[float]] = {}
         self.train_weights: list[list[float]] = []
         self.by_stage: list[tuple[list[float], list[float]]] = []
 
@@ -102,21 +102,21 @@ class Pool(Method):
         callbacks = [] if self.arm is None else [self.arm]
         trainer = train(self.bench, self.model, name, callbacks, **self.training)
         key = f"attention/{name}"
-        self.gates[name] = [logs[key] for logs in trainer.state.log_history if key in logs]
+        self.new_task_weights[name] = [logs[key] for logs in trainer.state.log_history if key in logs]
         mean = weights_of_prompts(self.bench, self.model, name, "train").mean(dim=0).tolist()
         self.train_weights.append(mean + [0.0] * (len(self.bench.stream) - len(mean)))
 
     def after_stage(self, stage: int) -> None:
         self.by_stage.append(routing_after(self.bench, self.model, stage))
 
-    def found(self) -> Found:
+    def extra_results(self) -> Found:
         routing, own = ([pair[i] for pair in self.by_stage] for i in (0, 1))
         return {
             "routing_by_stage": routing,
             "own_weight_by_stage": own,
             "train_weights": self.train_weights,
             **attention_of(self.bench, self.model),
-            "gates_while_training": self.gates,
+            "new_task_weights": self.new_task_weights,
             "pseudo_samples": {} if self.arm is None else pseudo_reports(self.bench, self.model, self.arm),
         }
 
@@ -164,8 +164,8 @@ class PromptSequential(Method):
 
 
 def learn_pool(bench: Bench, recipe: Recipe) -> tuple[PeftModel, ArmCallback | None, Found]:
-    """A pool that has learned the bench's stream, its callback, and what [`Pool`] reports."""
-    method = Pool(bench, recipe)
+    """A pool that has learned the bench's stream, its callback, and what [`SaptMethod`] reports."""
+    method = SaptMethod(bench, recipe)
     found = learn_stream(method)
     return method.model, method.arm, found
 
@@ -180,17 +180,17 @@ def routing_after(bench: Bench, model: PeftModel, stage: int) -> tuple[list[floa
 
 
 def pseudo_reports(bench: Bench, model: PeftModel, arm: ArmCallback) -> Found:
-    """The callback's counts, and counted anew at the end: kept texts that are a training prompt verbatim, and percent
+    """The callback's counts, and counted again at the end: kept texts that are a training prompt verbatim, and percent
     of kept pseudo-samples whose own block leads."""
     pool = pool_of(model)
     reports: Found = {}
-    for i, (name, rows) in enumerate(zip(pool.tasks, pool.attention.replay(pool.pool_name), strict=True)):
+    for i, (name, rows) in enumerate(zip(pool.tasks, pool.memory.replay(pool.name), strict=True)):
         reports[name] = dict(arm.reports.get(name, {}))
         if name in arm.pseudo_samples:
             known = set(bench.tokenizer.batch_decode(bench.prompts(bench.stream[name]["train"])))
             reports[name]["kept_copies"] = sum(text in known for text in arm.pseudo_samples[name])
         if len(rows):
-            leads = pool.prompt_router.attend(rows, pool.pool_name).argmax(dim=1) == i
+            leads = pool.router.attend(pool.name, rows).argmax(dim=1) == i
             reports[name]["routed_to_own"] = 100.0 * float(leads.float().mean())
     return reports
 

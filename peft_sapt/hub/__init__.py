@@ -1,6 +1,6 @@
-"""Pools on the Hugging Face Hub: their cards, and pushing a saved folder."""
+"""Pools on the Hugging Face Hub: their model card, and pushing a saved folder."""
 
-from .cards import keep_card, refresh_card
+from .card import clean_card, refresh_card, write_card
 from .push import Push, push_folder
 
-__all__ = ["Push", "keep_card", "push_folder", "refresh_card"]
+__all__ = ["Push", "clean_card", "push_folder", "refresh_card", "write_card"]

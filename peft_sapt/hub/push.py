@@ -14,12 +14,11 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.hf_api import RepoFile
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from ..card.write import PICTURE, around
 from ..errors import PoolFormatError
-from .cards import refresh_card
+from .card import PICTURE, around, refresh_card
 
 CARD = "README.md"
-OWN = (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME, CARD, PICTURE, "replay/")  # what a pool's folder consists of
+POOL_FILES = (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME, CARD, PICTURE, "replay/")  # what a pool's folder consists of
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def push_folder(
         PoolFormatError: ``folder`` holds no pool, or a link out of it.
         huggingface_hub.errors.HfHubHTTPError: the Hub refuses.
     """
-    missing = [name for name in OWN[:2] if not (folder / name).is_file()]
+    missing = [name for name in POOL_FILES[:2] if not (folder / name).is_file()]
     if missing:
         raise PoolFormatError(f"{folder} holds no {missing[0]}: give the folder of a saved pool.")
     for name in own_files(folder):
@@ -64,7 +63,7 @@ def push_folder(
         card = staged_card(folder, Path(staging), hub, repo_id, CARD in there)
         here = {path: folder / path for path in own_files(folder)} | {CARD: card}
         sent = sorted(path for path, local in here.items() if path not in there or differs(local, there[path]))
-        deleted = sorted(path for path in there if path.startswith(OWN[3:]) and path not in here)
+        deleted = sorted(path for path in there if path.startswith(POOL_FILES[3:]) and path not in here)
         size = sum(here[path].stat().st_size for path in sent)
         url = f"{hub.endpoint}/{repo_id}"
         if sent or deleted:
@@ -90,7 +89,7 @@ def refuse_link_outside(path: Path, folder: Path) -> None:
 
 def own_files(folder: Path) -> list[str]:
     """Paths in ``folder`` that belong to a pool."""
-    found = [name for name in OWN[:4] if (folder / name).is_file()]
+    found = [name for name in POOL_FILES[:4] if (folder / name).is_file()]
     return found + sorted(f"replay/{path.name}" for path in (folder / "replay").glob("*.jsonl"))
 
 

@@ -1,7 +1,7 @@
 """Weighted LoRA aggregation: the one op of the pool. ``reference`` defines it, ``weighted_lora`` computes it fast."""
 
 from . import reference
-from .gated import gated_lora, held_lora, weighted_lora
-from .gates import rank_gates
+from .scaled import held_lora, scaled_lora, weighted_lora
+from .spread import rank_scales
 
-__all__ = ["gated_lora", "held_lora", "rank_gates", "reference", "weighted_lora"]
+__all__ = ["held_lora", "rank_scales", "reference", "scaled_lora", "weighted_lora"]

@@ -30,14 +30,14 @@ def product(a, b, acc, WIDEN: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def shrink_kernel(
-    x_ptr, old_ptr, new_ptr, h_ptr, saved_ptr, dgate_ptr,
+    x_ptr, old_ptr, new_ptr, h_ptr, saved_ptr, dscale_ptr,
     tokens, length, width, old_rank, rank, split_width,
-    GATES: tl.constexpr, SPLITS: tl.constexpr, ALIGNED: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+    SCALES: tl.constexpr, SPLITS: tl.constexpr, ALIGNED: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """h = x P^T; x [tokens, width], P [rank, width]. Rows are tiled within groups of ``length`` tokens.
 
-    GATES: 0, h alone; 1, also the sum of h * saved over each tile, dgate [tiles, rank]; 2, h * saved, [tokens, rank].
+    SCALES: 0, h alone; 1, also the sum of h * saved over each tile, dscale [tiles, rank]; 2, h * saved [tokens, rank].
     With SPLITS > 1 the width is cut, and h is [SPLITS, tokens, rank] of partial sums in float32.
     """
     tiles = tl.cdiv(length, BLOCK_M)
@@ -65,24 +65,24 @@ def shrink_kernel(
     if SPLITS > 1:
         h_tile += tl.program_id(1).to(tl.int64) * tokens * rank
     tl.store(h_tile + at, acc.to(h_ptr.dtype.element_ty), mask=inside)
-    if GATES > 0:
+    if SCALES > 0:
         gradient = acc * tl.load(saved_ptr + row * rank + at, mask=inside, other=0.0).to(tl.float32)
-        if GATES == 1:
-            tl.store(dgate_ptr + tile.to(tl.int64) * rank + r, tl.sum(gradient, axis=0), mask=r < rank)
+        if SCALES == 1:
+            tl.store(dscale_ptr + tile.to(tl.int64) * rank + r, tl.sum(gradient, axis=0), mask=r < rank)
         else:
-            tl.store(dgate_ptr + row * rank + at, gradient, mask=inside)
+            tl.store(dscale_ptr + row * rank + at, gradient, mask=inside)
 
 
 @triton.jit(do_not_specialize=["tokens"])  # a lone token's count would come as a constant, which cannot be widened
 def expand_kernel(
-    h_ptr, gate_ptr, old_ptr, new_ptr, base_ptr, y_ptr,
+    h_ptr, scale_ptr, old_ptr, new_ptr, base_ptr, y_ptr,
     tokens, length, span, width, old_rank, rank, first,
     SPLITS: tl.constexpr, PER_ROW: tl.constexpr, HAS_BASE: tl.constexpr, ALIGNED: tl.constexpr, WIDEN: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """y = base + (h * g) P over the ranks from ``first`` on; h [SPLITS, tokens, rank], P [rank, width].
 
-    The gates [groups, rank] are those of the tile's group, or with PER_ROW those of row // span.
+    The scales [groups, rank] are those of the tile's group, or with PER_ROW those of row // span.
     """
     tiles = tl.cdiv(length, BLOCK_M)
     tile = tl.program_id(0)
@@ -102,9 +102,9 @@ def expand_kernel(
         for s in tl.static_range(1, SPLITS):
             h += tl.load(h_at + s * tokens.to(tl.int64) * rank, mask=known, other=0.0)
         if PER_ROW:
-            h *= tl.load(gate_ptr + ((row + m) // span)[:, None] * rank + r[None, :], mask=known, other=0.0)
+            h *= tl.load(scale_ptr + ((row + m) // span)[:, None] * rank + r[None, :], mask=known, other=0.0)
         else:
-            h *= tl.load(gate_ptr + group * rank + r, mask=r < rank, other=0.0)[None, :]
+            h *= tl.load(scale_ptr + group * rank + r, mask=r < rank, other=0.0)[None, :]
         p_rows = factor_rows(old_ptr, new_ptr, tl.where(r < rank, r, 0), old_rank, width, ALIGNED)
         p = tl.load(p_rows[:, None] + n[None, :], mask=(r < rank)[:, None] & (n < width)[None, :], other=0.0)
         acc = product(h.to(p.dtype), p, acc, WIDEN, PRECISION)
@@ -116,7 +116,7 @@ def expand_kernel(
 
 @triton.jit
 def block_gradient_kernel(
-    c_ptr, gate_ptr, x_ptr, out_ptr,
+    c_ptr, scale_ptr, x_ptr, out_ptr,
     tokens, span, width, rank, first, count, split_tokens,
     ALIGNED: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -134,7 +134,7 @@ def block_gradient_kernel(
         known = (r < count)[:, None] & (m < tokens)[None, :]
         column = first + r[:, None]
         c = tl.load(c_ptr + m[None, :] * rank + column, mask=known, other=0.0).to(tl.float32)
-        c *= tl.load(gate_ptr + (m // span)[None, :] * rank + column, mask=known, other=0.0)
+        c *= tl.load(scale_ptr + (m // span)[None, :] * rank + column, mask=known, other=0.0)
         x_rows = x_ptr + m * width
         if ALIGNED:
             x_rows = tl.multiple_of(x_rows, 16)

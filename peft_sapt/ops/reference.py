@@ -29,7 +29,7 @@ def weighted_lora(
         weights: attention weights, [B, T], or [B, S, T] with one weight vector per token.
         scaling: lora_alpha / r of each task.
         newest: index of the first block that is not old; by default that of the last.
-        old_gradient: False cuts the gradient that flows through the old blocks into ``x``, as the release does.
+        old_gradient: False cuts the gradient that flows through the old blocks into ``x``, as the official code does.
     """
     while weights.dim() < x.dim():
         weights = weights.unsqueeze(-2)  # [B, T] -> [B, 1, T], the same for all tokens of a row

@@ -1,6 +1,6 @@
-"""The op in plain torch, for any device: two products per direction, a gate on the rank axis between them.
+"""The op in plain torch, for any device: two products per direction, a scale on the rank axis between them.
 
-``tokens`` below is the number of tokens N that one row of ``gates`` [G, R] stands for: N / G.
+``tokens`` below is the number of tokens N that one row of ``scales`` [G, R] stands for: N / G.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ def shrink(x: Tensor, old: Tensor | None, new: Tensor | None) -> Tensor:
     return h
 
 
-def gated(h: Tensor, gates: Tensor) -> Tensor:
-    """``h * g``, each row of gates over its tokens: h [N, R], gates [G, R] -> [N, R] in the dtype of h."""
-    gates = gates.to(h.dtype)
-    if len(gates) == len(h):
-        return h * gates
-    return (h.view(len(gates), -1, h.shape[1]) * gates.unsqueeze(1)).view(h.shape)
+def scaled(h: Tensor, scales: Tensor) -> Tensor:
+    """``h * g``, each row of scales over its tokens: h [N, R], scales [G, R] -> [N, R] in the dtype of h."""
+    scales = scales.to(h.dtype)
+    if len(scales) == len(h):
+        return h * scales
+    return (h.view(len(scales), -1, h.shape[1]) * scales.unsqueeze(1)).view(h.shape)
 
 
 def expand(base: Tensor | None, h: Tensor, old: Tensor | None, new: Tensor | None) -> Tensor:
@@ -49,30 +49,30 @@ def expand(base: Tensor | None, h: Tensor, old: Tensor | None, new: Tensor | Non
 
 def forward(
     x: Tensor, base: Tensor, old_a: Tensor | None, old_b: Tensor | None, new_a: Tensor | None, new_b: Tensor | None,
-    gates: Tensor,
+    scales: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y [N, O] and h [N, R]; all arguments as in [`peft_sapt.ops.library`]."""
     h = shrink(x, old_a, new_a)  # [N, R]
-    return expand(base, gated(h, gates), old_b, new_b), h
+    return expand(base, scaled(h, scales), old_b, new_b), h
 
 
 def backward(
     dy: Tensor, x: Tensor, h: Tensor, old_a: Tensor | None, old_b: Tensor | None, new_a: Tensor | None,
-    new_b: Tensor | None, gates: Tensor, old_gradient: bool, needs: list[bool],
+    new_b: Tensor | None, scales: Tensor, old_gradient: bool, needs: list[bool],
 ) -> list[Tensor | None]:  # fmt: skip
-    """Gradients of x, old_a, old_b, new_a, new_b and gates, None where ``needs`` says so.
+    """Gradients of x, old_a, old_b, new_a, new_b and scales, None where ``needs`` says so.
 
     With G = dy P_out^T: dx = (G * g) P_in, dA = (G * g)^T x, dB = (h * g)^T dy, dg = sum over tokens of G * h.
     """
-    need_x, need_old_a, need_old_b, need_new_a, need_new_b, need_gates = needs
+    need_x, need_old_a, need_old_b, need_new_a, need_new_b, need_scales = needs
     first = 0 if old_a is None else old_a.shape[0]
     dy = dy.to(x.dtype)
-    dx = d_old_a = d_old_b = d_new_a = d_new_b = d_gates = None
-    if need_x or need_old_a or need_new_a or need_gates:
+    dx = d_old_a = d_old_b = d_new_a = d_new_b = d_scales = None
+    if need_x or need_old_a or need_new_a or need_scales:
         g = shrink(dy, old_b, new_b)  # [N, R]
-        if need_gates:
-            d_gates = (g * h).view(len(gates), -1, h.shape[1]).sum(dim=1, dtype=gates.dtype)  # [G, R]
-        g = gated(g, gates)
+        if need_scales:
+            d_scales = (g * h).view(len(scales), -1, h.shape[1]).sum(dim=1, dtype=scales.dtype)  # [G, R]
+        g = scaled(g, scales)
         if need_x:
             if old_gradient or old_a is None:
                 dx = expand(None, g, old_a, new_a)
@@ -81,7 +81,7 @@ def backward(
         d_old_a = g[:, :first].mT @ x if need_old_a else None
         d_new_a = g[:, first:].mT @ x if need_new_a else None
     if need_old_b:
-        d_old_b = gated(h[:, :first], gates[:, :first]).mT @ dy
+        d_old_b = scaled(h[:, :first], scales[:, :first]).mT @ dy
     if need_new_b:
-        d_new_b = gated(h[:, first:], gates[:, first:]).mT @ dy
-    return [dx, d_old_a, d_old_b, d_new_a, d_new_b, d_gates]
+        d_new_b = scaled(h[:, first:], scales[:, first:]).mT @ dy
+    return [dx, d_old_a, d_old_b, d_new_a, d_new_b, d_scales]

@@ -81,7 +81,7 @@ def shrink(
     saved: Tensor | None = None,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """h [N, R] (or partial sums [splits, N, R] in float32); with ``saved`` also the gates' gradient [groups, R]."""
+    """h [N, R] (or partial sums [splits, N, R] in float32); with ``saved`` also the scales' gradient [groups, R]."""
     tokens, rank = x.shape[0], factor.rank
     per_row = tokens < groups * tiles.FEW_ROWS
     count, length = (1, tokens) if per_row else (groups, tokens // groups)
@@ -94,21 +94,21 @@ def shrink(
         h = x.new_empty(parts, tokens, rank, dtype=torch.float32 if parts > 1 else x.dtype)
         mode = 0 if saved is None else 2 if per_row else 1
         rows = (0, count * row_tiles, tokens)[mode]
-        dgate = torch.empty(rows, rank, device=x.device, dtype=torch.float32)
+        dscale = torch.empty(rows, rank, device=x.device, dtype=torch.float32)
         kernels.shrink_kernel[(count * row_tiles * rank_tiles, parts)](
-            x, factor.old, factor.new, h, h if saved is None else saved, dgate,
+            x, factor.old, factor.new, h, h if saved is None else saved, dscale,
             tokens, length, factor.width, factor.old_rank, rank, split_width,
-            GATES=mode, SPLITS=parts, **settings, BLOCK_M=tile.m, BLOCK_R=tile.r, BLOCK_K=tile.other,
+            SCALES=mode, SPLITS=parts, **settings, BLOCK_M=tile.m, BLOCK_R=tile.r, BLOCK_K=tile.other,
             num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
         )  # fmt: skip
-        return (h if parts > 1 else h[0]), (dgate.view(groups, -1, rank).sum(dim=1) if mode else None)
+        return (h if parts > 1 else h[0]), (dscale.view(groups, -1, rank).sum(dim=1) if mode else None)
 
     return run(tile or pick("shrink", x, length, rank, run))
 
 
 def expand(
     h: Tensor,
-    gates: Tensor,
+    scales: Tensor,
     factor: Factor,
     base: Tensor | None,
     dtype: torch.dtype,
@@ -117,7 +117,7 @@ def expand(
     tile: Tile | None = None,
 ) -> Tensor:
     """``base + (h * g) P`` [N, O] over the ranks from ``first`` on; h [N, R] or partial sums [splits, N, R]."""
-    parts, tokens, groups = (h.shape[0] if h.dim() == 3 else 1), h.shape[-2], gates.shape[0]
+    parts, tokens, groups = (h.shape[0] if h.dim() == 3 else 1), h.shape[-2], scales.shape[0]
     per_row = tokens < groups * tiles.FEW_ROWS
     count, length = (1, tokens) if per_row else (groups, tokens // groups)
     settings = shared(factor)
@@ -126,7 +126,7 @@ def expand(
         y = torch.empty(tokens, factor.width, device=h.device, dtype=dtype)
         grid = (count * cdiv(length, tile.m), cdiv(factor.width, tile.other))
         kernels.expand_kernel[grid](
-            h, gates, factor.old, factor.new, y if base is None else base, y,
+            h, scales, factor.old, factor.new, y if base is None else base, y,
             tokens, length, tokens // groups if groups else 1, factor.width, factor.old_rank, factor.rank, first,
             SPLITS=parts, PER_ROW=per_row, HAS_BASE=base is not None, **settings,
             BLOCK_M=tile.m, BLOCK_R=tile.r, BLOCK_N=tile.other,
@@ -137,7 +137,7 @@ def expand(
     return run(tile or pick("expand", factor.new, length, factor.rank, run))
 
 
-def block_gradient(c: Tensor, gates: Tensor, x: Tensor, first: int, count: int, tile: Tile | None = None) -> Tensor:
+def block_gradient(c: Tensor, scales: Tensor, x: Tensor, first: int, count: int, tile: Tile | None = None) -> Tensor:
     """``(c * g)^T x`` over ``count`` columns of c [N, R] from ``first`` on; x [N, D] -> [count, D]."""
     tokens, width = x.shape
     tile = tile or tiles.candidates("block_gradient", x.element_size(), tokens, count)[0]
@@ -146,7 +146,7 @@ def block_gradient(c: Tensor, gates: Tensor, x: Tensor, first: int, count: int, 
     split_tokens = cdiv(cdiv(tokens, parts), tile.m) * tile.m
     out = torch.empty(parts, count, width, device=x.device, dtype=torch.float32)
     kernels.block_gradient_kernel[(*grid, parts)](
-        c, gates, x, out, tokens, tokens // gates.shape[0], width, c.shape[1], first, count, split_tokens,
+        c, scales, x, out, tokens, tokens // scales.shape[0], width, c.shape[1], first, count, split_tokens,
         **shared(Factor(x, x, 0, count, width)), BLOCK_M=tile.m, BLOCK_R=tile.r, BLOCK_N=tile.other,
         num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
     )  # fmt: skip
@@ -155,34 +155,34 @@ def block_gradient(c: Tensor, gates: Tensor, x: Tensor, first: int, count: int, 
 
 def forward(
     x: Tensor, base: Tensor, old_a: Tensor | None, old_b: Tensor | None, new_a: Tensor | None, new_b: Tensor | None,
-    gates: Tensor, split: bool = False,
+    scales: Tensor, split: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y [N, O] and h [N, R]; with ``split`` the width may be cut, and h is then of no use to a backward."""
-    x, base, gates = x.contiguous(), base.contiguous(), gates.float().contiguous()
+    x, base, scales = x.contiguous(), base.contiguous(), scales.float().contiguous()
     if x.shape[0] == 0:
-        return base.clone(), x.new_empty(0, gates.shape[1])
+        return base.clone(), x.new_empty(0, scales.shape[1])
     with on_device_of(x):
-        h, _ = shrink(x, factor_of(old_a, new_a), gates.shape[0], split=split)
-        return expand(h, gates, factor_of(old_b, new_b), base, base.dtype), h
+        h, _ = shrink(x, factor_of(old_a, new_a), scales.shape[0], split=split)
+        return expand(h, scales, factor_of(old_b, new_b), base, base.dtype), h
 
 
 def backward(
     dy: Tensor, x: Tensor, h: Tensor, old_a: Tensor | None, old_b: Tensor | None, new_a: Tensor | None,
-    new_b: Tensor | None, gates: Tensor, old_gradient: bool, needs: list[bool],
+    new_b: Tensor | None, scales: Tensor, old_gradient: bool, needs: list[bool],
 ) -> list[Tensor | None]:  # fmt: skip
     """The same kernels with the factors swapped; see [`peft_sapt.ops.torch_kernel.backward`] for the formulas."""
-    need_x, need_old_a, need_old_b, need_new_a, need_new_b, need_gates = needs
+    need_x, need_old_a, need_old_b, need_new_a, need_new_b, need_scales = needs
     found: list[Tensor | None] = [None] * len(needs)
     if x.shape[0] == 0:
-        like = (x, old_a, old_b, new_a, new_b, gates)
+        like = (x, old_a, old_b, new_a, new_b, scales)
         return [torch.zeros_like(t) if n and t is not None else None for t, n in zip(like, needs, strict=True)]
-    dy, x, h, table = dy.to(x.dtype).contiguous(), x.contiguous(), h.contiguous(), gates.float().contiguous()
+    dy, x, h, table = dy.to(x.dtype).contiguous(), x.contiguous(), h.contiguous(), scales.float().contiguous()
     factor_in, factor_out = factor_of(old_a, new_a), factor_of(old_b, new_b)
     old, rank = factor_in.old_rank, factor_in.rank
     with on_device_of(x):
-        if need_x or need_old_a or need_new_a or need_gates:
-            g, d_gates = shrink(dy, factor_out, len(table), saved=h if need_gates else None)  # [N, R], [G, R]
-            found[5] = None if d_gates is None else d_gates.to(gates.dtype)
+        if need_x or need_old_a or need_new_a or need_scales:
+            g, d_scales = shrink(dy, factor_out, len(table), saved=h if need_scales else None)  # [N, R], [G, R]
+            found[5] = None if d_scales is None else d_scales.to(scales.dtype)
             if need_x:
                 found[0] = expand(g, table, factor_in, None, x.dtype, first=0 if old_gradient else old)
             if need_old_a:

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from ..card.picture import draw_matrix
 from ..continual.methods import LABELS
 from ..continual.results import Result
+from ..hub.heatmap import draw_matrix
 from .tables import first_order, short
 
 VIEWS = {"train_weights": "training prompts, when learned", "mean_weights": "held-out prompts, at the end"}

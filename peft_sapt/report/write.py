@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..continual.results import Result, load_runs
-from ..files import write_atomically
+from ..storage.atomic import write_atomically
 from .pictures import by_method, draw_forgetting, draw_growth, draw_heatmaps
 from .tables import FORMATS, methods_table, numbers_table, provenance_table, settings_table, tasks_table
 

@@ -84,7 +84,7 @@ class EPI(PerTask):
     def after_stage(self, stage: int) -> None:
         self.routing = [self.led[name] for name in list(self.bench.stream)[: stage + 1]]
 
-    def found(self) -> Found:
+    def extra_results(self) -> Found:
         return {"routing": self.routing, "baseline": {"shrinkage": SHRINKAGE}}
 
     def stored_bytes(self) -> int:

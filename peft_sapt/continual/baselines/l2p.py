@@ -63,5 +63,5 @@ class L2P(PromptMethod):
     def learn(self, name: str) -> None:
         self.train(name, penalty=lambda model: PULL * model.virtual.pull)
 
-    def found(self) -> Found:
+    def extra_results(self) -> Found:
         return {"baseline": {"pool": POOL, "chosen": CHOSEN, "length": self.length, "pull_weight": PULL}}

@@ -83,7 +83,7 @@ class LFPT5(PromptMethod):
         return {"prompt": self.start_ids, "answer": row["prompt"] + row["answer"]}
 
     def batches(self, rows: list[Encoded]) -> Iterator[dict[str, Tensor]]:
-        """Batches without end, drawn anew from ``rows`` in an order of the seed."""
+        """Batches without end, drawn again from ``rows`` in an order of the seed."""
         bench = self.bench
         collate = Collator(bench.tokenizer.pad_token_id, bench.encoder_decoder, sapt=True)
         rng = random.Random(bench.budget.seed)
@@ -127,7 +127,7 @@ class LFPT5(PromptMethod):
         cut = at[-1] + len(tail)
         return {"prompt": ids[:cut], "answer": ids[cut:]}
 
-    def found(self) -> Found:
+    def extra_results(self) -> Found:
         return {"baseline": {**asdict(self.weights), "generated_rows": self.drawn}}
 
 

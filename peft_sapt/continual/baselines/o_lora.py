@@ -54,7 +54,7 @@ class OLora(Method):
         penalty = (lambda model: WEIGHT * orthogonality(model, old, new)) if old else None
         train(self.bench, self.model, name, [], penalty=penalty)
 
-    def found(self) -> Found:
+    def extra_results(self) -> Found:
         return {"baseline": {"orthogonality_weight": WEIGHT}}
 
     def save(self, folder: Any) -> None:

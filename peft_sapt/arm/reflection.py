@@ -1,0 +1,279 @@
+"""The steps of ARM, whoever calls them: the Trainer's callback, or a loop of your own."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ReflectionError, TaskError
+from ..hub.card import refresh_card
+from ..pool import lifecycle, warm_start
+from ..pool.view import Pool
+from ..pool_module import sharding_of
+from ..storage.atomic import write_atomically
+from .checks import can_generate, isolated_rng, pool_of
+from .generator import GeneratorSettings
+from .guard import Guard
+from .objective import align_attention, attention_loss
+from .processes import broadcast_from_rank0
+from .pseudo import MIN_PSEUDO_SAMPLES, wanted_count
+from .replay import PseudoSamples, draw_pseudo_samples, redraw_pseudo_samples
+
+
+class Reflection:
+    """Prompts of the current task, the attention loss, and what commits a task; see [`ArmCallback`]."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        replay: str = "generated",
+        pseudo_share: float = 0.02,
+        min_pseudo_samples: int = MIN_PSEUDO_SAMPLES,
+        kl_weight: float = 1.0,
+        floor_weight: float = 1.0,
+        new_task_floor: float = 0.9,
+        align_steps: int = 400,
+        align_learning_rate: float = 2e-3,
+        batch_size: int = 64,
+        max_rows: int = 2048,
+        generator: GeneratorSettings | None = None,
+        allow_copies: bool = False,
+        seed: int | None = None,
+        warm_start: bool = False,
+        generator_folder: str | os.PathLike | None = None,
+    ) -> None:
+        if getattr(tokenizer, "pad_token_id", None) is None or getattr(tokenizer, "eos_token_id", None) is None:
+            raise ReflectionError(
+                "ArmCallback needs a tokenizer with a pad token and an end token: set tokenizer.pad_token = "
+                "tokenizer.eos_token, or a token of its own."
+            )
+        if replay not in ("generated", "rows"):
+            raise ReflectionError(f"ArmCallback(replay=...) must be 'generated' or 'rows', got {replay!r}.")
+        if not 0 < new_task_floor < 1:
+            raise ReflectionError(f"ArmCallback(new_task_floor=...) must lie between 0 and 1, got {new_task_floor}.")
+        self.tokenizer = tokenizer
+        self.replay = replay
+        self.pseudo_share, self.min_pseudo_samples = pseudo_share, min_pseudo_samples
+        self.weights: dict[str, Any] = {
+            "kl_weight": kl_weight,
+            "floor_weight": floor_weight,
+            "new_task_floor": new_task_floor,
+        }
+        self.align_steps, self.align_learning_rate = align_steps, align_learning_rate
+        self.batch_size, self.max_rows = batch_size, max_rows
+        self.generator = GeneratorSettings() if generator is None else generator
+        self.allow_copies, self.seed, self.warm_start = allow_copies, seed, warm_start
+        self.generator_folder = None if generator_folder is None else Path(generator_folder)
+        self.reports: dict[str, dict[str, object]] = {}
+        self.pseudo_samples: dict[str, list[str]] = {}
+        self.shares: dict[str, dict[str, float]] = {}
+        self.prompts: list[list[int]] = []  # token ids of the current task's prompts
+        self.pooled: Tensor | None = None  # [n, d]
+        self.rows = 0
+        self.guard = Guard()  # watches while the Trainer trains
+
+    def prepare(self, model: Any, batches: Iterable[Mapping[str, Tensor]], seed: int = 0) -> None:
+        """What ``on_train_begin`` does, for a loop without the Trainer.
+
+        Args:
+            batches: of the task's training set, as forward's arguments: ``input_ids`` [B, S] and so on.
+
+        Raises:
+            ReflectionError, TaskError: as the class says.
+        """
+        pool = pool_of(model)
+        self.check_pool(pool)
+        self.take_batches(pool, batches)
+        self.open_task(pool, model, seed)
+
+    def penalty(self, model: Any, seed: int = 0) -> Tensor:
+        """The attention loss of one optimizer step, a scalar [`attention_loss`]; add its gradient once per step.
+
+        Needs two tasks or more.
+
+        Raises:
+            ReflectionError: the router needs no replay, or ``prepare`` has not been called.
+        """
+        pool = pool_of(model)
+        if not pool.router.needs_replay:
+            raise ReflectionError(f"router={pool.config.router!r} needs no replay: there is no attention loss to add.")
+        if self.pooled is None:
+            raise ReflectionError(
+                "ArmCallback.penalty() needs the task's prompts: call prepare(model, batches) first."
+            )
+        rows = torch.randperm(len(self.pooled), generator=torch.Generator().manual_seed(seed))[: self.batch_size]
+        current = self.pooled[rows.to(self.pooled.device)]
+        return attention_loss(pool, current, **self.weights)
+
+    def reflect(self, model: Any, seed: int = 0) -> None:
+        """Give old tasks their attention back, draw the replay rows of the current task, and commit it.
+
+        Raises:
+            ReflectionError: ``prepare`` has not been called, or too few pseudo-samples came; the task stays open then.
+        """
+        pool = pool_of(model)
+        if self.pooled is None:
+            raise ReflectionError(
+                "ArmCallback.reflect() needs the task's prompts: call prepare(model, batches) first."
+            )
+        name = pool.current_task
+        learned = pool.router.needs_replay
+        kind = "none" if not learned else "real rows" if self.replay == "rows" else "pseudo-samples"
+        lifecycle.record_task(pool, name, rows=self.rows, replay=kind)
+        if not learned:
+            self.reports[name] = {"wanted": 0, "kept": 0, "router_rows": len(self.pooled)}
+            lifecycle.commit_task(pool, self.pooled)
+            self.pooled, self.prompts = None, []
+            return
+        wanted = wanted_count(self.rows, self.pseudo_share, self.min_pseudo_samples)
+        if len(pool.tasks) > 1 and self.align_steps:
+            self.align(pool, seed, own_target=pool.mean_weights(self.pooled))
+        if self.replay == "rows":
+            picked = torch.randperm(len(self.pooled), generator=torch.Generator().manual_seed(seed))[:wanted]
+            replay: Tensor = self.pooled[picked.to(self.pooled.device)]
+            self.reports[name] = {"wanted": wanted, "kept": len(replay), "real_rows": True}
+        else:
+            drawn = draw_pseudo_samples(
+                model,
+                self.tokenizer,
+                self.prompts,
+                wanted,
+                self.generator,
+                self.allow_copies,
+                seed,
+                None if self.generator_folder is None else self.generator_folder / name,
+            )
+            replay = self.taken(pool, name, drawn)
+        broadcast_from_rank0([replay])
+        lifecycle.commit_task(pool, self.pooled, replay)
+        self.pooled, self.prompts = None, []
+
+    def redraw(self, model: Any, name: str, count: int | None = None, seed: int = 0) -> None:
+        """Draw the replay rows of a committed task again from its stored generator, without any data of the task.
+
+        Its attention target stays; ``reports`` and ``pseudo_samples`` get the new rows.
+
+        Args:
+            count: rows to draw; as many as the pool keeps of this task by default, at least ``min_pseudo_samples``.
+
+        Raises:
+            TaskError: there is no such task, or it is not committed.
+            ReflectionError: no ``generator_folder`` was given, it holds no generator of this task, too few usable
+                rows came, or the router needs no replay. Nothing is changed then.
+        """
+        pool = pool_of(model)
+        index = pool.index_of(name)
+        if not pool.router.needs_replay:
+            raise ReflectionError(f"router={pool.config.router!r} keeps no replay rows, so there is nothing to draw.")
+        if name not in pool.committed_tasks:
+            raise TaskError(f"Task {name!r} is not committed yet: reflect() draws its rows.")
+        if self.generator_folder is None:
+            raise ReflectionError("redraw() needs ArmCallback(generator_folder=...), where the generators are.")
+        rows = pool.memory.replay(pool.name)
+        wanted = max(len(rows[index]), self.min_pseudo_samples) if count is None else count
+        drawn = redraw_pseudo_samples(
+            model,
+            self.tokenizer,
+            name,
+            self.generator_folder / name,
+            wanted,
+            self.generator,
+            self.allow_copies,
+            seed,
+        )
+        rows[index] = self.taken(pool, name, drawn).to(pool.memory.weight)
+        broadcast_from_rank0([rows[index]])
+        pool.memory.set_replay(pool.name, rows)
+
+    def save_replay(self, folder: str | os.PathLike) -> None:
+        """Write the pseudo-samples of each task to ``folder/replay/<task>.jsonl``, one {"text": ...} per line."""
+        target = Path(folder) / "replay"
+        target.mkdir(parents=True, exist_ok=True)
+        for name, texts in self.pseudo_samples.items():
+            lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+            write_atomically(target / f"{name}.jsonl", lines.encode())
+        refresh_card(folder)  # which says that there is text
+
+    # --- parts --------------------------------------------------------------------------------------------------
+
+    def taken(self, pool: Pool, name: str, drawn: PseudoSamples) -> Tensor:
+        """Note what was drawn for task ``name``; its pooled rows, [n, d]."""
+        self.reports[name] = drawn.report.to_dict()
+        replay = drawn.pooled(pool)
+        self.pseudo_samples[name] = drawn.texts
+        return replay
+
+    def open_task(self, pool: Pool, model: Any, seed: int, resumed: bool = False) -> None:
+        """See that the current task has a weight of its own before its first step, and its block where it is to start.
+
+        Raises:
+            ReflectionError: there are no prompts.
+        """
+        assert self.pooled is not None
+        if self.warm_start and len(pool.tasks) > 1 and not resumed and not warm_start.has_started(pool):
+            self.shares[pool.current_task] = warm_start.warm_start(pool, self.pooled)
+            broadcast_from_rank0(p for p in model.parameters() if p.requires_grad)
+        if not pool.router.needs_replay:
+            if not pool.router.is_fitted(pool.name):
+                lifecycle.fit_router(pool, self.pooled)
+        elif len(pool.tasks) > 1 and not resumed and self.align_steps:
+            with isolated_rng(seed, model):
+                self.align(pool, seed)
+
+    def align(self, pool: Pool, seed: int, own_target: Tensor | None = None) -> None:
+        """Fit the attention alone, see [`align_attention`]; ``own_target`` [T] is what the current task is to keep."""
+        assert self.pooled is not None
+        align_attention(
+            pool,
+            self.pooled,
+            steps=self.align_steps,
+            learning_rate=self.align_learning_rate,
+            batch_size=self.batch_size * 4,
+            seed=seed,
+            own_target=own_target,
+            **self.weights,
+        )
+        if sharding_of(pool.router) is None:
+            broadcast_from_rank0(p for p in pool.router.parameters() if p.requires_grad)
+
+    def check_pool(self, pool: Pool) -> None:
+        """Raises [`ReflectionError`] or [`TaskError`] if the task cannot train, or old ones not be replayed."""
+        if self.replay == "generated" and not can_generate(pool) and pool.router.needs_replay:
+            raise ReflectionError(
+                f"A {type(pool.base).__name__} writes no text, so it cannot generate pseudo-samples: use "
+                "ArmCallback(replay='rows')."
+            )
+        if pool.committed_tasks == pool.tasks:
+            raise TaskError(
+                f"The current task {pool.current_task!r} is committed: call model.add_task(name) before training new "
+                "data, or model.reopen_task() to train this one further."
+            )
+        counts = [len(rows) for rows in pool.memory.replay(pool.name)]
+        bare = [name for name, count in zip(pool.tasks[:-1], counts, strict=False) if not count]
+        if bare and pool.router.needs_replay:
+            raise ReflectionError(
+                f"Old tasks {bare} have no replay rows, so nothing would hold their attention. Commit a task with "
+                "ArmCallback, or with commit_task(inputs, replay=batches), before the next one is added."
+            )
+
+    def take_batches(self, pool: Pool, batches: Iterable[Mapping[str, Tensor]]) -> None:
+        """Keep the task's pooled prompts [n, d], and their tokens for the generator.
+
+        Raises:
+            ReflectionError: there are no rows; or no tokens, and pseudo-samples are wanted.
+        """
+        pooled, self.prompts = pool.read(batches)
+        self.pooled = pooled[~pooled[:, 0].isnan()]  # rows of padding alone have no prompt
+        self.rows = len(self.pooled)
+        if not self.rows:
+            self.pooled = None
+            raise ReflectionError("The training set is empty.")
+        if self.replay == "generated" and not self.prompts and pool.router.needs_replay:
+            raise ReflectionError("Without input_ids no generator can be trained: use ArmCallback(replay='rows').")

@@ -1,0 +1,152 @@
+"""The life cycle of tasks in a pool: add, fit, commit, reopen, remove."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..config import SaptConfig
+from ..errors import PromptError, TaskError
+from ..routing.memory import freeze_committed
+from ..routing.prompts import embedding_weight
+from ..validation import check_task_name, checked_record
+from .view import Batches, Pool
+
+HEAD_TASK_TYPES = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+
+
+def add_task(pool: Pool, name: str, r: int | None = None, lora_alpha: float | None = None) -> None:
+    """See [`SaptModel.add_task`]."""
+    config = pool.config
+    check_task_name(name)
+    if name in pool.tasks:
+        raise TaskError(
+            f"Task {name!r} is already in the pool ({pool.tasks}): choose another name, or remove_task({name!r})."
+        )
+    rank, alpha = config.r if r is None else r, config.lora_alpha if lora_alpha is None else lora_alpha
+    grown = SaptConfig(
+        tasks=[*config.tasks, name],
+        task_ranks=[*config.task_ranks, rank],
+        task_alphas=[*config.task_alphas, alpha],
+        replay_rows=[*config.replay_rows, 0],
+    )
+    if config.modules_to_save or config.task_type in HEAD_TASK_TYPES:
+        raise TaskError(
+            f"A second task is refused: a pool with modules_to_save or of type {config.task_type} has one head "
+            "(or other full module) for all tasks, which each new task would overwrite. Use one adapter per task."
+        )
+    pool.refuse_sharded("add_task")
+    if not pool.is_committed:
+        commit_task(pool)
+    for module in pool.modules():
+        reference = next(p for attr in module.stacks for p in getattr(module, attr)[pool.name].parameters())
+        newest = module.newest_part(pool.name, rank)
+        module.append_task(pool.name, {k: v.to(reference.device, reference.dtype) for k, v in newest.items()})
+    set_tasks(pool, grown, [*range(len(config.tasks)), -1])
+    config.inference_mode = False
+    pool.refresh_trainable()
+
+
+def remove_task(pool: Pool, name: str) -> None:
+    """See [`SaptModel.remove_task`]."""
+    config, index = pool.config, pool.index_of(name)
+    if len(config.tasks) == 1:
+        raise TaskError(
+            f"{name!r} is the only task of the pool, and a pool cannot be empty: use delete_adapter({pool.name!r}), "
+            "or add another task first."
+        )
+    pool.refuse_sharded("remove_task")
+    kept = [i for i in range(len(config.tasks)) if i != index]
+    smaller = SaptConfig(
+        tasks=[config.tasks[i] for i in kept],
+        task_ranks=[config.task_ranks[i] for i in kept],
+        task_alphas=[config.task_alphas[i] for i in kept],
+        replay_rows=[config.replay_rows[i] for i in kept],
+    )
+    for module in pool.modules():
+        module.drop_part(pool.name, index, pool.sizes_of(module))
+    set_tasks(pool, smaller, kept)
+    pool.refresh_trainable()
+
+
+def set_tasks(pool: Pool, other: SaptConfig, kept: list[int]) -> None:
+    """Let the pool describe the tasks of ``other``, and what is in no stack follow; ``kept`` as in Router.resize."""
+    pool.memory.resize(pool.name, kept)
+    pool.config.set_tasks(other)
+    pool.router.resize(pool.name, kept)
+    freeze_committed(pool.base)
+
+
+def fit_router(pool: Pool, inputs: Batches) -> None:
+    """See [`SaptModel.fit_router`]."""
+    pool.refuse_sharded("fit_router")
+    pooled = pool.pooled_prompts(inputs)
+    if not len(pooled):
+        raise PromptError("fit_router needs training prompts of the current task, and got none.")
+    pool.refuse_bad_rows("fit_router(inputs=...)", pooled)
+    pool.router.fit(pool.name, pooled)
+    pool.memory.remember(pool.name, pooled)
+
+
+def commit_task(pool: Pool, inputs: Batches | None = None, replay: Batches | None = None) -> None:
+    """See [`SaptModel.commit_task`]."""
+    name, memory, router = pool.name, pool.memory, pool.router
+    pool.refuse_sharded("commit_task")
+    if pool.is_committed:
+        raise TaskError(
+            f"Task {pool.current_task!r} is committed already: add_task(...) for new data, or reopen_task() to "
+            "train it further."
+        )
+    pooled = pool.pooled_prompts(memory.seen(name) if inputs is None else inputs)
+    rows = pool.pooled_prompts([] if replay is None else replay)
+    refuse_unseen(pool, pooled, given=inputs is not None)
+    for what, found in (("inputs", pooled), ("replay", rows)):
+        pool.refuse_bad_rows(f"commit_task({what}=...)", found)
+    pool.refuse_bad_weights()
+    if len(pooled):
+        router.on_commit(name, pooled)
+        target = pool.mean_weights(pooled)  # [T]
+    else:
+        target = torch.eye(len(pool.tasks))[-1].to(memory.weight)
+    memory.set_replay(name, [*memory.replay(name)[:-1], rows.to(memory.weight)])
+    memory.targets(name)[-1] = target
+    memory.forget(name)
+    freeze_committed(pool.base)
+
+
+def refuse_unseen(pool: Pool, pooled: Tensor, given: bool) -> None:
+    """Raises [`TaskError`] if no prompt of the current task is known, from which key and target would come.
+
+    A model without token embeddings has no prompts; its caller gives the weights, and no attention is ever asked.
+    """
+    if len(pooled) or (embedding_weight(pool.base) is None and pool.router.needs_replay):
+        return
+    task = pool.current_task
+    if given:
+        raise TaskError(f"commit_task(inputs=...) got no row of task {task!r}: give its training prompts.")
+    why = "none was trained on in this model since the task was opened"
+    if pool.name in pool.memory.loaded:
+        why = "the pool was loaded, and its file does not keep the rows that training saw before"
+    raise TaskError(
+        f"Task {task!r} cannot be committed, since no training prompt of it is known: {why}. (Forwards in eval mode "
+        "or without gradients are not training.) Pass commit_task(inputs=batches) with its training prompts, or "
+        "remove the task."
+    )
+
+
+def reopen_task(pool: Pool) -> None:
+    """See [`SaptModel.reopen_task`]."""
+    name, memory = pool.name, pool.memory
+    pool.refuse_sharded("reopen_task")
+    memory.targets(name)[-1] = 0.0
+    memory.set_replay(name, [*memory.replay(name)[:-1], memory.replay(name)[-1][:0]])
+    pool.config.inference_mode = False
+    freeze_committed(pool.base)
+    pool.refresh_trainable()
+
+
+def record_task(pool: Pool, name: str, **fields: str | float | None) -> None:
+    """See [`SaptModel.record_task`]."""
+    pool.index_of(name)
+    records = pool.config.records
+    pool.config.records = {**records, name: {**records.get(name, {}), **checked_record(fields)}}

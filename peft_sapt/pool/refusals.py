@@ -1,0 +1,15 @@
+"""What a pool does not do, why, and what to do instead; said where PEFT or transformers would ask for it."""
+
+NO_BATCH = (
+    "Continuous batching (generate_batch) is not supported: it flattens the tokens of all requests into one row, so "
+    "that no prompt can be told from another. Use generate with a left-padded batch."
+)
+NO_MERGE = (
+    "A pool cannot be merged into the base model: its mixture differs from prompt to prompt. Keep the adapter, call "
+    "unload() for the base model without it, or export_mixture(weights, folder) for one fixed mixture, which is a "
+    "plain LoRA and merges."
+)
+NO_ADAPTER_NAMES = (
+    "adapter_names (one adapter per row) is not supported: tasks live inside one adapter, so pass sapt_task=[name, "
+    "...] with one task per row instead."
+)

@@ -1,0 +1,114 @@
+"""What PEFT asks of a tuner to save and load an adapter: the manifest goes in, and is checked on the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from ..config import SaptConfig
+from ..errors import OtherBaseError, PoolFormatError
+from ..storage.fingerprint import checked, differing, fingerprint
+from ..storage.manifest import MANIFEST, build_manifest, check_finite, check_loaded, plain_name, read_manifest
+from ..storage.overrides import accepted
+from .config_file import pool_values
+from .stored_attention import stored_attention
+
+
+def described(config: SaptConfig) -> dict[str, Any]:
+    """What a weights file must hold to fit a pool."""
+    return {
+        "tasks": config.tasks,
+        "ranks": config.task_ranks,
+        "scalings": config.scalings,
+        "replay_rows": config.replay_rows,
+        "token_dim": config.token_dim,
+    }
+
+
+def with_manifest(
+    model: nn.Module,
+    config: SaptConfig,
+    adapter: str,
+    own: dict[str, Tensor],
+    whole_state: Mapping[str, Tensor],
+    file_name: Callable[[str, str], str],
+) -> dict[str, Tensor]:
+    """An adapter's state as it is saved: ``own``, and the manifest that describes it. Nothing of ``model`` changes.
+
+    Args:
+        own: what PEFT saves of the adapter, by the names in the model's state.
+        whole_state: the model's state, in which its heads are.
+        file_name: PEFT's rule from such a name and the adapter's to the name in a file.
+    """
+    named = {file_name(key, adapter): tensor for key, tensor in own.items()}
+    named |= {key: whole_state[here] for key, here in head_keys(model, adapter).items() if here in whole_state}
+    targets_key, targets = next((k, v) for k, v in own.items() if ".sapt_targets." in k)
+    manifest_key = targets_key.rsplit("sapt_targets", 1)[0] + f"{MANIFEST}.{adapter}"
+    committed = (targets.sum(dim=1) > 0).tolist()
+    manifest = build_manifest(
+        {**described(config), "committed": committed},
+        pool_values(config),
+        named,
+        fingerprint(model),
+        stored_attention(config, named),
+    )
+    return {**own, manifest_key: manifest}
+
+
+def checked_state(
+    model: nn.Module, config: SaptConfig, adapter: str, state_dict: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The tensors of a loaded file but its manifest, once everything that the manifest says holds.
+
+    Raises:
+        PoolFormatError: there is no manifest, or it does not fit; its subclasses name what is wrong.
+    """
+    manifest = next((key for key in state_dict if key.endswith(MANIFEST)), None)
+    if manifest is None:
+        raise PoolFormatError(
+            "The weights have no manifest, so they are not a whole pool as save_pretrained or "
+            "get_peft_model_state_dict write it."
+        )
+    values = read_manifest(state_dict[manifest])
+    own = {key: tensor for key, tensor in state_dict.items() if ".sapt_" in key and key != manifest}
+    own |= {key: state_dict[here] for key, here in head_keys(model, adapter).items() if here in state_dict}
+    check_loaded(values, described(config), own)
+    check_finite(state_dict)  # of embeddings too, which PEFT adds to the file after the manifest is made
+    check_base(values, model, {plain_name(key) for key in state_dict if ".sapt_" not in key})
+    return {key: tensor for key, tensor in state_dict.items() if key != manifest}
+
+
+def head_keys(model: nn.Module, adapter: str) -> dict[str, str]:
+    """Names of the tensors in modules_to_save: as they are in the file -> as they are in the model's state."""
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            where = name.removeprefix("_fsdp_wrapped_module.")
+            known = module.adapter_state_dict_load_map(adapter)
+            found |= {f"{where}.{key}": f"{where}.{inner}" for key, inner in known.items()}
+    return found
+
+
+def check_base(manifest: Mapping[str, Any], model: nn.Module, brought: set[str]) -> None:
+    """Refuse a base model whose numbers are not those in ``manifest``, but for tensors that the file has ``brought``;
+    pools without a fingerprint are not refused."""
+    other = differing(checked(manifest.get("base", {})), model, brought)
+    if other is not None and not accepted("other_base"):
+        raise OtherBaseError(
+            f"The pool was made for another base model: {other!r} has other values here, so its blocks would answer "
+            "nonsense. Load the model named in the pool's adapter_config.json, or accept this one with "
+            "`with peft_sapt.accept('other_base'):`."
+        )
+
+
+def keep_dtypes(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Widen parameters that would round what is about to be loaded: frozen blocks are never rounded."""
+    parameters = dict(model.named_parameters())
+    for key, tensor in state_dict.items():
+        parameter = parameters.get(key)
+        if parameter is not None and ".sapt_" in key:
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, tensor.dtype))

@@ -1,0 +1,48 @@
+"""What a pool's attention says of the prompts it keeps: one row per task, computed from the saved tensors alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..config import SaptConfig
+from ..routing import ROUTERS
+from ..routing.router import state_key
+
+MAX_TASKS = 50  # beyond which nobody reads the matrix, and its T^2 numbers would outgrow what they describe
+
+
+@torch.no_grad()
+def stored_attention(config: SaptConfig, tensors: Mapping[str, Tensor]) -> list[list[float] | None] | None:
+    """Mean attention of each task's stored prompts over the blocks, [T][T], rounded to four digits.
+
+    What is stored of a task are its replay rows, or what its router keeps of it. A task of which nothing is stored has
+    None for a row.
+
+    Args:
+        tensors: of the pool by their names in the file, whole.
+
+    Returns:
+        None where the pool has more than ``MAX_TASKS`` tasks, or its tensors are not here.
+    """
+    router = ROUTERS[config.router]
+    state, memory = state_in(tensors, router.module_name), state_in(tensors, "task_memory")
+    if len(config.tasks) > MAX_TASKS or not state or any(t.device.type == "meta" for t in state.values()):
+        return None
+    replay = memory.get("sapt_replay")
+    rows = None if replay is None else list(replay.split(config.replay_rows))
+    found = router.stored_weights(state, config, rows)
+    return [None if row is None else [round(value, 4) for value in row.tolist()] for row in found]
+
+
+def state_in(tensors: Mapping[str, Tensor], module: str) -> dict[str, Tensor]:
+    """The state of one of our modules among tensors with names as in a file, ``...<module>.<container>.<name>``."""
+    found = {}
+    for name, tensor in tensors.items():
+        parts = name.split(".")
+        if module in parts[:-2]:
+            container, parameter = parts[-2:]
+            found[state_key(container, parameter)] = tensor.detach().float()
+    return found

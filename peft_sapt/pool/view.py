@@ -1,0 +1,144 @@
+"""The active pool of a model, as everything that works on pools sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ..config import SaptConfig
+from ..errors import PromptError, TaskError, TrainingError
+from ..layer import SaptLayer
+from ..pool_module import PoolModule, sharding_of
+from ..routing.hooks import RoutingHooks
+from ..routing.memory import TaskMemory
+from ..routing.prompts import read_batches
+from ..routing.router import Router
+
+Batches = Iterable[Mapping[str, Any] | Tensor] | Tensor  # dicts of forward's arguments, or pooled prompts [n, d]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """One adapter on a base model: its config, its router, what it remembers of its tasks, and the hooks on the base.
+
+    It holds no state of its own; [`SaptModel.pool`] makes one for each question.
+    """
+
+    base: nn.Module
+    name: str
+    config: SaptConfig
+    router: Router
+    memory: TaskMemory
+    hooks: RoutingHooks
+
+    # --- tasks ----------------------------------------------------------------------------------------------------
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks, oldest first; a copy."""
+        return list(self.config.tasks)
+
+    @property
+    def current_task(self) -> str:
+        """The newest task: the only one that can be trained."""
+        return self.config.tasks[-1]
+
+    @property
+    def committed_tasks(self) -> list[str]:
+        """Names of the tasks that have been committed."""
+        return [name for name, done in zip(self.tasks, self.memory.committed(self.name), strict=True) if done]
+
+    @property
+    def is_committed(self) -> bool:
+        """Whether the newest task is."""
+        return self.memory.committed(self.name)[-1]
+
+    def index_of(self, name: str) -> int:
+        """Place of a task in ``tasks``; raises [`TaskError`] if there is none of this name."""
+        if name not in self.tasks:
+            raise TaskError(f"There is no task {name!r} in the pool. Its tasks are {self.tasks}.")
+        return self.tasks.index(name)
+
+    # --- parts ----------------------------------------------------------------------------------------------------
+
+    def modules(self) -> list[PoolModule]:
+        """Every module that holds a part for each task: target layers and soft prompts, then the router."""
+        found = [m for m in self.base.modules() if isinstance(m, PoolModule) and m.stacks and m.holds(self.name)]
+        return sorted(found, key=lambda m: m is self.router)
+
+    def layers(self) -> dict[str, SaptLayer]:
+        """Target layers by the names that their base layers had in the base model."""
+        return {k: m for k, m in self.base.named_modules() if isinstance(m, SaptLayer) and m.holds(self.name)}
+
+    def sizes_of(self, module: PoolModule) -> list[int]:
+        """Rows of each task's part in the stacks of ``module``, oldest first."""
+        return module.part_sizes(self.config)
+
+    def task_state(self, name: str) -> dict[str, Tensor]:
+        """Everything that belongs to one task, as views, by module and container."""
+        index, own = self.index_of(name), self.modules()
+        names = {module: key for key, module in self.base.named_modules() if isinstance(module, PoolModule)}
+        return {
+            f"{names[module]}.{attr}": module.parts(attr, self.name, self.sizes_of(module))[index]
+            for module in own
+            for attr in module.stacks
+        }
+
+    def refresh_trainable(self) -> None:
+        """Let PEFT switch gradients on and off as it would after set_adapter; frozen parts stay frozen."""
+        for module in self.base.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.set_adapter([self.name], inference_mode=bool(self.config.inference_mode))
+
+    # --- prompts --------------------------------------------------------------------------------------------------
+
+    def read(self, batches: Batches) -> tuple[Tensor, list[list[int]]]:
+        """Pooled prompts [N, d] and their token ids, see [`read_batches`]."""
+        return read_batches(self.base, self.config, self.router.pooling, batches, self.memory.weight.device)
+
+    def pooled_prompts(self, batches: Batches) -> Tensor:
+        """Pooled prompts of all rows in ``batches``, [N, d] in float32; pooled tensors pass through."""
+        return self.read(batches)[0]
+
+    @torch.no_grad()
+    def mean_weights(self, pooled: Tensor) -> Tensor:
+        """Mean attention [T] on pooled prompts [n, d]."""
+        return self.router.attend(self.name, pooled).mean(dim=0)
+
+    # --- refusals -------------------------------------------------------------------------------------------------
+
+    def refuse_sharded(self, what: str) -> None:
+        """Raises [`TaskError`] if FSDP has the parameters that ``what`` needs in whole."""
+        if sharding_of(self.base) is not None:
+            raise TaskError(
+                f"{what} needs whole parameters and the model is sharded: call it before FSDP wraps the model, or "
+                "save the pool and load it in one process."
+            )
+
+    def refuse_bad_rows(self, what: str, pooled: Tensor) -> None:
+        """Raises [`PromptError`] if a row of ``pooled`` [N, d] is not finite, as those without a prompt token are."""
+        if not bool(pooled.isfinite().all()):
+            bad = (~pooled.isfinite().all(dim=1)).nonzero().flatten().tolist()
+            raise PromptError(
+                f"{what}: rows {bad[:10]} have no prompt token (all padding) or are not finite. Drop them; nothing "
+                "was changed."
+            )
+
+    def refuse_bad_weights(self) -> None:
+        """Raises [`TrainingError`] if the current task's block, key or head holds NaN or infinity."""
+        heads = {
+            key: p
+            for key, p in self.base.named_parameters()
+            if p.requires_grad and f".modules_to_save.{self.name}." in key
+        }
+        for key, tensor in {**self.task_state(self.current_task), **heads}.items():
+            if not bool(tensor.isfinite().all()):
+                raise TrainingError(
+                    f"{key!r} of task {self.current_task!r} is not finite, so it is not committed: go back to an "
+                    "earlier checkpoint, or remove_task and train it anew."
+                )

@@ -1,0 +1,41 @@
+"""Starting a new task's block where the shared attention puts its prompts among the older blocks."""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import PromptError, TaskError
+from .view import Batches, Pool
+
+
+def has_started(pool: Pool) -> bool:
+    """Whether the current task's block can be seen to have trained, or its router to know it."""
+    if pool.router.is_fitted(pool.name) or pool.memory.seen(pool.name):
+        return True
+    return any(module.has_trained(pool.name) for module in pool.modules())
+
+
+@torch.no_grad()
+def warm_start(pool: Pool, inputs: Batches) -> dict[str, float]:
+    """See [`SaptModel.warm_start`]."""
+    task = pool.current_task
+    pool.refuse_sharded("warm_start")
+    if len(pool.tasks) == 1:
+        raise TaskError(f"{task!r} is the pool's first task: there is no older block to start from.")
+    if pool.is_committed:
+        raise TaskError(f"Task {task!r} is committed: only a fresh block can be started again.")
+    if pool.router.is_fitted(pool.name):
+        raise TaskError(f"The router knows task {task!r} already: call warm_start before fit_router.")
+    if has_started(pool):
+        raise TaskError(
+            f"The block of task {task!r} has been trained, and warm_start would replace it: remove_task and add_task "
+            "start it over."
+        )
+    pooled = pool.pooled_prompts(inputs)
+    if not len(pooled):
+        raise PromptError("warm_start needs training prompts of the current task, and got none.")
+    pool.refuse_bad_rows("warm_start(inputs=...)", pooled)
+    shares = pool.router.log_weights(pool.name, pooled)[:, :-1].softmax(dim=-1).mean(dim=0)  # [T - 1]
+    for module in pool.modules():
+        module.init_from_mixture(pool.name, shares)
+    return dict(zip(pool.tasks, shares.tolist(), strict=False))

@@ -1,0 +1,47 @@
+"""What lasts for one forward, and what lasts for one generation; neither is kept on a module or saved."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from .mixture import Mixture, Stack
+
+
+@dataclass
+class GenerationSession:
+    """One ``generate``: its mixture, and by layer the factors stacked for it, as no block can change meanwhile."""
+
+    mixture: Mixture
+    stacks: dict[nn.Module, Stack] = field(default_factory=dict)
+
+
+class ForwardState(threading.local):
+    """The weights of the forward under way, shared by all layers; each thread has its own, copies start empty."""
+
+    def __init__(self) -> None:
+        self.mixture: Mixture | None = None
+        self.weights: Tensor | None = None  # [B, T]
+        self.rank_scales: Tensor | None = None  # [B, R]
+        self.owner: nn.Module | None = None  # the module whose forward they belong to
+        self.cache: Any = None  # that this forward was given to fill
+        self.padded_length: int | None = None  # positions that its logits have with virtual tokens, which are cut
+        self.session: GenerationSession | None = None  # while generate() runs
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ForwardState:
+        memo[id(self)] = fresh = ForwardState()
+        return fresh
+
+    def __reduce__(self) -> tuple[type[ForwardState], tuple[()]]:
+        return ForwardState, ()
+
+    def use(self, mixture: Mixture) -> None:
+        """Let the layers of this forward mix by ``mixture``."""
+        self.mixture, self.weights, self.rank_scales = mixture, mixture.weights, mixture.rank_scales
+
+    def clear(self) -> None:
+        """Forget the forward; a session goes on."""
+        self.mixture = self.weights = self.rank_scales = self.owner = self.cache = self.padded_length = None

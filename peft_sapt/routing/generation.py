@@ -1,0 +1,99 @@
+"""``generate`` with a pool: the weights are computed once, on the whole prompt, and held until the last token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import SaptError
+from .caches import PAST, is_filled, kept_with, past_of
+from .forward_state import ForwardState, GenerationSession
+from .hooks import RoutingHooks, batch_of
+from .mixture import Mixture
+from .prompt_mask import inferred_mask
+
+REFUSED = {  # of generate's arguments, with soft prompts
+    "assistant_model": "assisted decoding",
+    "prompt_lookup_num_tokens": "prompt lookup decoding",
+    "prefill_chunk_size": "chunked prefill",
+    "cache_implementation": "a cache other than the default one",
+}
+
+
+@contextmanager
+def held(state: ForwardState, mixture: Mixture | None) -> Iterator[None]:
+    """Let every forward inside use ``mixture``; with None, what each forward finds by itself."""
+    previous = state.session
+    state.session = None if mixture is None else GenerationSession(mixture)
+    try:
+        yield
+    finally:
+        state.session = previous
+
+
+def generation_mixture(hooks: RoutingHooks, adapter: str, args: tuple, kwargs: dict[str, Any]) -> Mixture | None:
+    """The mixture of one call of ``generate`` with ``args`` and ``kwargs``; None where no prompt is in it."""
+    base: Any = hooks.base
+    inputs = dict(kwargs)
+    prompt = args[0] if args else inputs.pop("inputs", None)
+    if prompt is not None:
+        inputs["input_ids"] = prompt
+    cache = past_of(inputs)
+    explicit = any(inputs.get(name) is not None for name in ("sapt_task", "sapt_weights"))
+    if not explicit and cache is not None and kept_with(cache) is None:
+        inputs.pop(PAST)  # filled by somebody else: the whole prompt is here, so attend to it
+    inputs.pop("labels", None)
+    if inputs.get("attention_mask") is None and isinstance(inputs.get("input_ids"), Tensor):
+        inputs["attention_mask"] = inferred_mask(inputs["input_ids"], *special_tokens(base, inputs))
+    if not any(isinstance(inputs.get(n), Tensor) for n in ("input_ids", "inputs_embeds")):
+        if inputs.get("encoder_outputs") is None:
+            return None  # generation from the start token alone: its forward is the prompt
+    mixture = hooks.mixture_for(base, adapter, inputs)
+    return mixture.spread(batch_of(inputs), "generate").hold()
+
+
+def may_generate(hooks: RoutingHooks, adapter: str, kwargs: dict[str, Any]) -> bool:
+    """PeftModel without a generating task type calls the base model's ``generate`` itself, within PEFT's context.
+
+    The same context surrounds its ``forward``. In eval mode both may use weights computed there, as they are those
+    that the forward would compute from the same prompt; unless labels end the prompt, or a cache holds it.
+    """
+    if kwargs.get("labels") is not None or past_of(kwargs) is not None:
+        return False
+    base: nn.Module | None = hooks.base
+    generates = hasattr(base, "generate") and base is not None and not base.training
+    typed = hooks.config_of(adapter).task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+    return generates and not typed and hooks.state.session is None
+
+
+def special_tokens(base: Any, kwargs: dict[str, Any]) -> tuple[int | None, int | list[int] | None]:
+    """Pad and end token as ``generate`` resolves them: argument, generation config, model config."""
+    sources = [kwargs.get("generation_config"), base.generation_config, base.config]
+
+    def find(name: str) -> Any:
+        found = [kwargs.get(name), *(getattr(source, name, None) for source in sources)]
+        return next((value for value in found if value is not None), None)
+
+    return find("pad_token_id"), find("eos_token_id")
+
+
+def check_prompt_generation(kwargs: dict[str, Any], *configs: Any) -> None:
+    """Refuse, for soft prompts, what ``generate`` does with lengths of its own, which know of no virtual tokens.
+
+    Raises:
+        SaptError: a static cache, assisted decoding, chunked prefill, or a filled cache.
+    """
+    cache = past_of(kwargs)
+    for name, what in REFUSED.items():
+        asked = [kwargs.get(name), *(getattr(config, name, None) for config in configs)]
+        value = next((v for v in asked if v is not None), None)
+        if value is not None and value != "dynamic":
+            raise SaptError(f"generate({name}=...) is not supported with block='prompt': leave {what} away.")
+    if cache is not None and (getattr(cache, "is_compileable", False) or is_filled(cache)):
+        raise SaptError(
+            "generate(past_key_values=...) with a static or filled cache is not supported with block='prompt': give "
+            "the whole prompt without it."
+        )

@@ -1,0 +1,205 @@
+"""How the attention weights of a forward are found and travel to the layers.
+
+Every caller (PEFT's classes, ``generate``, pipelines, a direct call of the base model) goes through the ``__call__``
+of the base model, or of the encoder where ``generate`` runs it alone. Forward hooks there decide, in this order:
+weights or a task given by the caller, those of the generation under way, those kept with a non-empty cache, those kept
+with encoder outputs, and otherwise the router on this forward's prompt tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import SaptConfig
+from ..errors import PromptError, SaptError, TaskError, WeightsError
+from ..pool_module import freeze_heads
+from .caches import is_filled, keep_with_output, kept_with, past_of
+from .checkpointing import route_checkpoints, unroute_checkpoints
+from .forward_state import ForwardState
+from .memory import TaskMemory
+from .mixture import Mixture
+from .prompts import is_encoder_decoder, read_prompts
+from .router import Router
+from .soft_prompts import SoftPrompts, prepend_prompt, strip_prompt
+from .weights import check_weights, one_hot, select
+
+SAPT_ARGUMENTS = ("sapt_task", "sapt_weights", "sapt_prompt_mask")
+
+
+class RoutingHooks:
+    """Computes the weights of each forward of ``base`` and hands them to the layers through ``state``."""
+
+    def __init__(self, memory: TaskMemory, state: ForwardState) -> None:
+        self.memory = memory
+        self.state = state
+        self.routers: dict[str, Router] = {}  # by kind
+        self.prompts: SoftPrompts | None = None  # of pools with block="prompt"
+        self.handles: list[Any] = []
+        self.base: nn.Module | None = None
+
+    def attach(self, base: nn.Module) -> None:
+        """Register the hooks on ``base`` and on its encoder, if it is an encoder-decoder."""
+        self.base, points = base, [base]
+        if is_encoder_decoder(base):
+            points.append(base.get_encoder())  # type: ignore[operator]
+        for module in points:
+            self.handles.append(module.register_forward_pre_hook(self.before, with_kwargs=True))
+            self.handles.append(module.register_forward_hook(self.after, always_call=True))
+
+    def detach(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+        if self.base is not None:
+            unroute_checkpoints(self.base)
+
+    def active(self) -> str | None:
+        """The adapter that routes now, or None if adapters are disabled or the active one is not a pool."""
+        if self.memory.disable_adapters:
+            return None
+        return next((a for a in self.memory.active_adapters if self.memory.holds(a)), None)
+
+    def config_of(self, adapter: str) -> SaptConfig:
+        return self.memory.configs[adapter]
+
+    def router_of(self, adapter: str) -> Router:
+        return self.routers[self.config_of(adapter).router]
+
+    # --- the hooks ------------------------------------------------------------------------------------------------
+
+    @torch.compiler.disable
+    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        given = {name: kwargs.pop(name) for name in SAPT_ARGUMENTS if name in kwargs}
+        if getattr(module, "_is_replica", False):
+            raise SaptError("nn.DataParallel is not supported: start the script with torchrun or accelerate launch.")
+        if type(kwargs.get("cache")).__name__.startswith("Paged"):
+            raise SaptError("Continuous batching is not supported: its rows hold tokens of several requests.")
+        adapter, state = self.active(), self.state
+        inside = state.weights is not None and module is not self.base  # an encoder in a routed forward
+        if adapter is None or inside:
+            return (args, kwargs) if given else None
+        state.clear()  # an interrupted forward (KeyboardInterrupt) leaves its weights behind
+        inputs = {**named_arguments(module, args), **kwargs, **given}
+        state.use(self.mixture_for(module, adapter, inputs))
+        state.owner, state.cache = module, past_of(inputs)
+        if is_training(module):
+            route_checkpoints(module, state)
+            if self.memory.head_is_frozen(adapter):
+                freeze_heads(module, adapter, frozen=True, trains=False)
+        if self.config_of(adapter).block == "prompt":
+            return (), self.with_prompt(module, adapter, {**named_arguments(module, args), **kwargs})
+        return args, kwargs
+
+    @torch.compiler.disable
+    def after(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        state = self.state
+        mixture = state.mixture
+        if mixture is None or state.owner is not module:
+            return None
+        keep_with_output(output, state.cache, mixture)
+        padded_length = state.padded_length
+        state.clear()
+        if padded_length is None:
+            return None
+        return strip_prompt(output, mixture.config.num_virtual_tokens, padded_length)
+
+    def with_prompt(self, module: nn.Module, adapter: str, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a forward with the mixed soft prompt in front."""
+        prompts, weights = self.prompts, self.state.weights
+        assert prompts is not None and weights is not None and self.base is not None
+        length, encoder_decoder = self.config_of(adapter).num_virtual_tokens, is_encoder_decoder(self.base)
+        changed, self.state.padded_length = prepend_prompt(
+            module, lambda: prompts.mixed(adapter, weights), length, inputs, encoder_decoder
+        )
+        return changed
+
+    # --- the weights ------------------------------------------------------------------------------------------------
+
+    def mixture_for(self, module: nn.Module, adapter: str, inputs: dict[str, Any]) -> Mixture:
+        """Attention weights of one forward of ``module``, float32: [B, T], or [B, S, T] for packed rows."""
+        config, batch, session = self.config_of(adapter), batch_of(inputs), self.state.session
+        if inputs.get("sapt_weights") is not None or inputs.get("sapt_task") is not None:
+            weights = self.given_weights(adapter, inputs, batch, self.memory.weight.device)
+            self.check_trainable(inputs, adapter, module)
+            return Mixture(adapter, weights, config)
+        if session is not None and session.mixture.adapter == adapter:
+            return session.mixture.spread(batch, "this generation")
+        cache = past_of(inputs)
+        if is_filled(cache):
+            return self.kept_mixture(cache, adapter, batch, "past_key_values").hold()
+        encoded = inputs.get("encoder_outputs")
+        if encoded is not None:
+            return self.kept_mixture(encoded, adapter, batch, "encoder_outputs")
+        return Mixture(adapter, self.computed_weights(module, adapter, inputs), config)
+
+    def given_weights(self, adapter: str, inputs: dict[str, Any], batch: int, device: torch.device) -> Tensor:
+        tasks = self.config_of(adapter).tasks
+        if inputs.get("sapt_task") is not None:
+            if inputs.get("sapt_weights") is not None:
+                raise WeightsError("sapt_task and sapt_weights are both given: pass one of them.")
+            return one_hot(inputs["sapt_task"], tasks, batch, device)
+        return check_weights(inputs["sapt_weights"], tasks, batch, device)
+
+    def check_trainable(self, inputs: dict[str, Any], adapter: str, module: nn.Module) -> None:
+        names = inputs.get("sapt_task")
+        if names is None or not is_training(module):
+            return
+        newest = self.config_of(adapter).tasks[-1]
+        other = {names} if isinstance(names, str) else set(names)
+        if other - {newest}:
+            raise TaskError(
+                f"Training on task {sorted(other - {newest})} is refused: its block is frozen, only the current task "
+                f"{newest!r} trains. Use model.add_task(...) for new data, or model.eval() to ask for an answer."
+            )
+
+    def kept_mixture(self, holder: Any, adapter: str, batch: int, what: str) -> Mixture:
+        kept, count = kept_with(holder), len(self.config_of(adapter).tasks)
+        if kept is None or kept.adapter != adapter or kept.weights.shape[-1] != count:
+            raise WeightsError(
+                f"{what} was given, but it carries no attention weights of the active pool ({count} tasks), and the "
+                "prompt itself is not in this call. Produce it with this model and pool, or pass sapt_weights=[B, T] "
+                "or sapt_task=name."
+            )
+        return kept.spread(batch, what)
+
+    def computed_weights(self, module: nn.Module, adapter: str, inputs: dict[str, Any]) -> Tensor:
+        training, config, router = is_training(module), self.config_of(adapter), self.router_of(adapter)
+        pooled, _, segments = read_prompts(module, config, router.pooling, inputs, training)  # [N, d]
+        weights = router.attend(adapter, pooled)  # [N, T]
+        if training:
+            router.check_ready(adapter)
+            self.memory.remember(adapter, pooled)
+        else:
+            weights = select(weights, config.top_k, config.min_weight)
+        return weights if segments is None else weights[segments]  # [B, T] or [B, S, T]
+
+
+def is_training(module: nn.Module) -> bool:
+    """Whether a forward of ``module`` now is one to learn from."""
+    return module.training and torch.is_grad_enabled()
+
+
+def named_arguments(module: nn.Module, args: tuple) -> dict[str, Any]:
+    """The positional arguments of a call of ``module`` by their names."""
+    if not args:
+        return {}
+    return dict(zip(inspect.signature(module.forward).parameters, args, strict=False))
+
+
+def batch_of(inputs: dict[str, Any]) -> int:
+    """Rows of this forward; for an encoder-decoder fed with encoder outputs, those of the decoder."""
+    for name in ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "labels"):
+        if isinstance(inputs.get(name), Tensor):
+            return int(inputs[name].shape[0])
+    encoded = inputs.get("encoder_outputs")
+    if encoded is not None:
+        return int(encoded[0].shape[0])
+    other = (v for k, v in inputs.items() if isinstance(v, Tensor) and k not in SAPT_ARGUMENTS and v.dim() > 0)
+    first = next(other, None)  # a model with arguments of its own
+    if first is not None:
+        return int(first.shape[0])
+    raise PromptError("Neither input_ids nor inputs_embeds is given: the attention needs the prompt.")

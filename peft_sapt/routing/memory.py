@@ -1,0 +1,135 @@
+"""What a pool keeps of its tasks beside blocks and router: attention targets, replay rows, rows seen in training."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..config import SaptConfig
+from ..pool_module import FreePoolModule, Linears, PoolModule, freeze_heads, linear_from, unshard
+
+SEEN_ROWS = 512  # rows whose pooled prompts are remembered for commit_task() without inputs
+
+
+class TaskMemory(FreePoolModule):
+    """One module on the base model, for the pools of all adapters and routers of every kind.
+
+    Per adapter:
+        - ``sapt_targets`` [T, T]: row t is the mean attention over task t's own inputs at its commit (zero for tasks
+          that came later); a zero row says that task t is not committed.
+        - ``sapt_replay`` [N, d]: pooled embeddings of the replay rows of all tasks, in the order of
+          ``SaptConfig.replay_rows``. A router needs nothing else of a prompt, so no text has to be kept.
+        - rows seen: pooled prompts of the newest task's training forwards, at most ``SEEN_ROWS``. They belong to the
+          pool and so to every thread and to copies of the model, but are not saved.
+    """
+
+    other_param_names = ("sapt_targets", "sapt_replay")
+    sapt_targets: Linears
+    sapt_replay: Linears
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loaded: set[str] = set()  # adapters whose weights come from a file
+        self._seen: dict[str, list[Tensor]] = {}
+
+    def update_layer(self, adapter: str, config: SaptConfig, device: torch.device | None) -> None:
+        """Build the parts of ``adapter`` for the tasks in ``config``, in float32."""
+        self.configs[adapter] = config
+        count, rows = len(config.tasks), sum(config.replay_rows)
+        # older tasks of a pool built whole count as committed, each to itself until targets are loaded
+        committed = torch.arange(count, device=device) < count - 1
+        self.sapt_targets[adapter] = linear_from(torch.diag(committed.float()))
+        if rows:
+            self.sapt_replay[adapter] = linear_from(torch.zeros(rows, config.token_dim or 0, device=device))
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.loaded.discard(adapter_name)
+        self.forget(adapter_name)
+
+    # --- targets --------------------------------------------------------------------------------------------------
+
+    def targets(self, adapter: str) -> Tensor:
+        """Mean attention of each task over its own inputs at its commit, [T, T]; a view unless sharded."""
+        return unshard(self.sapt_targets[adapter].weight.data)
+
+    def committed(self, adapter: str) -> list[bool]:
+        """For each task, oldest first, whether it has been committed."""
+        return (self.targets(adapter).sum(dim=1) > 0).tolist()
+
+    def head_is_frozen(self, adapter: str) -> bool:
+        """Whether the pool's head (modules_to_save) must not train: its task is committed, or several share it."""
+        config = self.configs[adapter]
+        return bool(config.modules_to_save) and (len(config.tasks) > 1 or self.committed(adapter)[-1])
+
+    def resize(self, adapter: str, kept: list[int]) -> None:
+        """Let targets and replay rows follow their tasks: ``kept`` are indices of before, -1 for a new task.
+
+        Attention that went to a task that is gone is shared out among the rest; rows seen belong to nobody now.
+        """
+        old = self.targets(adapter)
+        known = torch.tensor([i >= 0 for i in kept], device=old.device)  # [T]
+        index = torch.tensor([max(i, 0) for i in kept], device=old.device)
+        targets = old[index][:, index] * known.unsqueeze(0) * known.unsqueeze(1)
+        if set(range(len(old))) - set(kept):
+            left = targets.sum(dim=1, keepdim=True)  # [T, 1]
+            done = (old.sum(dim=1)[index] > 0) & known
+            own = torch.eye(len(kept), device=old.device) * done.unsqueeze(1)
+            targets = torch.where(left > 1e-6, targets / left, own)
+        replay = self.replay(adapter)
+        self.sapt_targets[adapter] = linear_from(targets)
+        self.set_replay(adapter, [replay[i] if i >= 0 else replay[0][:0] for i in kept])
+        self.forget(adapter)
+
+    # --- replay rows ----------------------------------------------------------------------------------------------
+
+    def replay(self, adapter: str) -> list[Tensor]:
+        """Pooled replay embeddings of each task, oldest first, each [n_t, d]; n_t may be 0."""
+        config = self.configs[adapter]
+        if adapter not in self.sapt_replay:
+            empty = self.sapt_targets[adapter].weight.new_zeros(0, config.token_dim or 0)
+            return [empty for _ in config.replay_rows]
+        return list(unshard(self.sapt_replay[adapter].weight.data).split(config.replay_rows))
+
+    def set_replay(self, adapter: str, rows: list[Tensor]) -> None:
+        """Keep ``rows`` ([n_t, d] of each task) in place of what was kept."""
+        kept = torch.cat(rows)
+        self.configs[adapter].replay_rows = [len(r) for r in rows]
+        if len(kept):
+            self.sapt_replay[adapter] = linear_from(kept)
+        elif adapter in self.sapt_replay:
+            del self.sapt_replay[adapter]
+
+    # --- rows seen in training --------------------------------------------------------------------------------------
+
+    def remember(self, adapter: str, pooled: Tensor) -> None:
+        """Note pooled prompts [b, d] of a training forward, up to ``SEEN_ROWS`` in all."""
+        seen = self._seen.setdefault(adapter, [])
+        count = sum(len(rows) for rows in seen)
+        if count < SEEN_ROWS:
+            pooled = pooled[~pooled[:, 0].isnan()]  # packed rows may end in padding
+            seen.append(pooled[: SEEN_ROWS - count].detach().clone())
+
+    def seen(self, adapter: str) -> list[Tensor]:
+        """Pooled prompts [b, d] of the newest task's training forwards, in their order."""
+        return list(self._seen.get(adapter, []))
+
+    def forget(self, adapter: str) -> None:
+        """Drop the rows seen: the newest task is another one now, committed, or gone."""
+        self._seen.pop(adapter, None)
+
+
+def freeze_committed(model: nn.Module) -> None:
+    """Freeze the newest part of each pool whose newest task is committed, and open the others, all over ``model``."""
+    memory = next((m for m in model.modules() if isinstance(m, TaskMemory)), None)
+    if memory is None:
+        return
+    for adapter, config in memory.configs.items():
+        if memory.targets(adapter).device.type == "meta":
+            continue  # not loaded yet
+        frozen = memory.committed(adapter)[-1]
+        for module in model.modules():
+            if isinstance(module, PoolModule) and module.holds(adapter):
+                module.freeze_newest(adapter, frozen)
+        trains = adapter in memory.active_adapters and not config.inference_mode
+        freeze_heads(model, adapter, memory.head_is_frozen(adapter), trains)

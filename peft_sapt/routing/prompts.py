@@ -1,0 +1,212 @@
+"""From the arguments of a forward to its pooled prompts: which tokens count, and one feature over their embeddings."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..config import SaptConfig
+from ..errors import OtherShapeError, PromptError, SaptError, WeightsError
+from ..pool_module import unshard
+from .packing import before_labels_in_segments, require_prompts, segments_of, without_tail
+from .prompt_mask import before_labels, check_rows, inferred_mask
+from .router import Pooling
+
+
+class Prompts(NamedTuple):
+    """Prompts of a batch: ``pooled`` [N, d], NaN where a prompt is empty; ``mask`` [B, S], True on prompt tokens;
+    ``segments`` [B, S], the prompt (0..N-1) that each token of a packed batch belongs to, else None and N = B."""
+
+    pooled: Tensor
+    mask: Tensor
+    segments: Tensor | None
+
+
+def read_prompts(
+    module: nn.Module, config: SaptConfig, pooling: Pooling, inputs: dict[str, Any], training: bool
+) -> Prompts:
+    """Pool the prompt tokens of ``inputs``, the arguments of a forward of ``module`` (the base model, or its encoder).
+
+    Raises:
+        PromptError: no input, masks of another shape, an empty prompt in training, or packed rows for an
+            encoder-decoder.
+    """
+    ids, embeddings = inputs.get("input_ids"), inputs.get("inputs_embeds")
+    if ids is None and embeddings is None:
+        raise PromptError("Neither input_ids nor inputs_embeds is given: the attention needs the prompt.")
+    shape = ids.shape if ids is not None else embeddings.shape[:2]  # type: ignore[union-attr]
+    segments = segments_of(inputs)
+    if segments is not None and is_encoder_decoder(module):
+        raise PromptError("Packed rows are not supported for encoder-decoder models: switch packing off.")
+    mask = inputs.get("sapt_prompt_mask")
+    if mask is None:
+        mask = _prompt_mask(module, config, inputs, shape, segments, training)
+    elif tuple(mask.shape) != tuple(shape):
+        raise PromptError(f"sapt_prompt_mask has shape {list(mask.shape)}, the input is {list(shape)}.")
+    mask, labels = mask.bool(), inputs.get("labels")
+    check_rows(mask, training)
+    if segments is not None:
+        if config.pool_padding:
+            raise PromptError(
+                "pool_padding=True reproduces the official code, which packs no rows: switch one of them off."
+            )
+        if inputs.get("attention_mask") is None:
+            mask = without_tail(mask, segments, labels is not None)
+        if training and labels is not None and labels.shape == mask.shape:
+            require_prompts(mask, labels, segments)
+    if embeddings is None:
+        with torch.no_grad():  # hooks such as enable_input_require_grads must not pull the attention into their graph
+            embeddings = look_up(module.get_input_embeddings(), ids)  # type: ignore[operator, arg-type]
+    embeddings = embeddings.detach()  # [B, S, d]
+    if segments is not None:
+        return Prompts(pooling.segments(embeddings, mask, segments), mask, segments)
+    pooled = pooling.rows(embeddings, mask)  # [B, d]
+    return Prompts(with_padding(module, pooled, mask, inputs) if config.pool_padding else pooled, mask, None)
+
+
+def look_up(embedding: nn.Module, ids: Tensor) -> Tensor:
+    """Embeddings of ``ids``, also outside a forward of a model that FSDP2 has sharded."""
+    sharded = {name: unshard(p) for name, p in embedding.named_parameters() if hasattr(p, "full_tensor")}
+    return torch.func.functional_call(embedding, sharded, (ids,)) if sharded else embedding(ids)
+
+
+def read_batches(
+    module: nn.Module,
+    config: SaptConfig,
+    pooling: Pooling,
+    batches: Iterable[Mapping[str, Any] | Tensor] | Tensor,
+    device: torch.device,
+) -> tuple[Tensor, list[list[int]]]:
+    """Pooled prompts [N, d] of all rows in ``batches``, float32, and their token ids where batches have any.
+
+    Args:
+        batches: arguments of a forward, as dicts, or prompts that are pooled already, [n, d].
+
+    Raises:
+        PromptError: as [`read_prompts`] says.
+        WeightsError: a pooled tensor has another shape than [N, token_dim].
+    """
+    found: list[Tensor] = []
+    tokens: list[list[int]] = []
+    for batch in [batches] if isinstance(batches, Tensor) else batches:
+        if isinstance(batch, Tensor):
+            pooled = batch
+        else:
+            inputs = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
+            with torch.no_grad():
+                prompts = read_prompts(module, config, pooling, inputs, training=False)
+            pooled = prompts.pooled
+            if prompts.segments is not None:
+                pooled = pooled[~pooled[:, 0].isnan()]  # packed rows may end in padding
+            if inputs.get("input_ids") is not None:
+                tokens += prompt_tokens(inputs["input_ids"], prompts)
+        if pooled.dim() != 2 or pooled.shape[1] != config.token_dim:
+            raise WeightsError(f"Pooled prompts have shape {list(pooled.shape)}, not [N, {config.token_dim}].")
+        found.append(pooled.to(device))
+    empty = torch.zeros(0, config.token_dim or 0, device=device)
+    return (torch.cat(found) if found else empty), tokens
+
+
+def prompt_tokens(input_ids: Tensor, prompts: Prompts) -> list[list[int]]:
+    """Token ids of each non-empty prompt in ``prompts``, which was read from a batch with these ids."""
+    if prompts.segments is None:
+        rows = [ids[keep] for ids, keep in zip(input_ids, prompts.mask, strict=True)]
+    else:
+        numbers, ids = prompts.segments[prompts.mask], input_ids[prompts.mask]
+        rows = [ids[numbers == n] for n in range(len(prompts.pooled))]
+    return [row.tolist() for row in rows if len(row)]
+
+
+def _prompt_mask(
+    module: nn.Module,
+    config: SaptConfig,
+    inputs: dict[str, Any],
+    shape: torch.Size,
+    segments: Tensor | None,
+    training: bool,
+) -> Tensor:
+    ids, mask, labels = inputs.get("input_ids"), inputs.get("attention_mask"), inputs.get("labels")
+    settings = getattr(module, "config", None)
+    if mask is not None and mask.dim() != 2:
+        raise PromptError(
+            f"attention_mask has {mask.dim()} dimensions, so the prompt cannot be read from it: "
+            "pass sapt_prompt_mask=[B, S]."
+        )
+    if mask is not None:
+        mask = mask.bool()
+    elif ids is not None:
+        mask = inferred_mask(ids, getattr(settings, "pad_token_id", None), getattr(settings, "eos_token_id", None))
+    else:
+        mask = torch.ones(shape, dtype=torch.bool, device=inputs["inputs_embeds"].device)
+    if is_encoder_decoder(module) or not labels_follow_prompt(module, config):
+        return mask
+    if labels is not None and labels.shape == mask.shape:
+        return before_labels(mask, labels) if segments is None else before_labels_in_segments(mask, labels, segments)
+    if labels is None and training:
+        warnings.warn(
+            "Training without labels in the model call (label smoothing, compute_loss_func, a loss of your own): the "
+            "whole row counts as prompt, answer included. Mark the prompt with sapt_prompt_mask=[B, S], as "
+            "PromptMaskCollator does.",
+            stacklevel=2,
+        )
+    return mask
+
+
+def labels_follow_prompt(module: nn.Module, config: SaptConfig) -> bool:
+    """Whether labels continue the prompt, as for a decoder-only language model, or mark tokens of an encoder."""
+    if config.task_type is not None:
+        return config.task_type == "CAUSAL_LM"
+    asked = getattr(module, "can_generate", None)
+    return bool(asked()) if callable(asked) else True
+
+
+def with_padding(module: nn.Module, pooled: Tensor, mask: Tensor, inputs: dict[str, Any]) -> Tensor:
+    """Let the pad embedding take part in the max of each row that the official code would pad (pool_padding).
+
+    It pads the prompts of a batch to the longest one; with labels in the same row (decoder-only training) its collator
+    does so on the prompts alone.
+    """
+    pad = getattr(getattr(module, "config", None), "pad_token_id", None)
+    if pad is None:
+        raise PromptError("pool_padding=True needs a pad_token_id in the model's config.")
+    lengths = mask.sum(dim=1)  # [B]
+    cut = inputs.get("labels") is not None or inputs.get("sapt_prompt_mask") is not None
+    width = int(lengths.max()) if cut and not is_encoder_decoder(module) else mask.shape[1]
+    with torch.no_grad():
+        table = module.get_input_embeddings()  # type: ignore[operator]
+        pad_embedding = table(torch.tensor([pad], device=mask.device)).float()  # [1, d]
+    padded = torch.maximum(pooled, pad_embedding)
+    return torch.where((lengths < width).unsqueeze(1), padded, pooled)
+
+
+def is_encoder_decoder(module: nn.Module) -> bool:
+    return bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False)) and hasattr(
+        module, "get_encoder"
+    )
+
+
+def embedding_weight(model: nn.Module) -> Tensor | None:
+    """Token embeddings [V, d] of the base model, if it has any."""
+    try:
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    return getattr(embedding, "weight", None)
+
+
+def checked_token_dim(wanted: int | None, embedding: Tensor | None) -> int:
+    if embedding is None:
+        if wanted is None:
+            raise SaptError("The base model has no input embeddings: give SaptConfig(token_dim=...).")
+        return wanted
+    found = int(embedding.shape[-1])
+    if wanted is not None and wanted != found:
+        raise OtherShapeError(
+            f"SaptConfig.token_dim is {wanted}, but this base model's token embeddings have width {found}: the "
+            "pool was made for another base model. Load it onto that one."
+        )
+    return found

@@ -1,0 +1,175 @@
+"""What a router is: pooled prompts in, log-weights over the tasks out, and what a task's life asks of it."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..config import SaptConfig
+from ..errors import SaptError, TaskError
+from ..pool_module import FreePoolModule, unshard
+from .packing import max_pool_segments, mean_pool_segments
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """How token embeddings become one feature per prompt: of rows [B, S, d] -> [B, d], or of packed segments."""
+
+    rows: Callable[[Tensor, Tensor], Tensor]
+    segments: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def mean_pool(embeddings: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the positions where ``mask`` is True: [B, S, d] -> [B, d] in float32; rows without any are NaN."""
+    summed = embeddings.float().masked_fill(~mask.unsqueeze(-1), 0.0).sum(dim=1)
+    return summed / mask.sum(dim=1, keepdim=True)  # 0 / 0 is NaN
+
+
+def max_pool(embeddings: Tensor, mask: Tensor) -> Tensor:
+    """Element-wise max over the positions where ``mask`` is True (SAPT, section 3.2).
+
+    Args:
+        embeddings: [B, S, d].
+        mask: [B, S], bool.
+
+    Returns:
+        [B, d] in float32; rows without any position are NaN, so that nobody mistakes them for a prompt.
+    """
+    masked = embeddings.float().masked_fill(~mask.unsqueeze(-1), -torch.inf)
+    pooled = masked.amax(dim=1)
+    return pooled.masked_fill(~mask.any(dim=1, keepdim=True), torch.nan)
+
+
+MAX = Pooling(max_pool, max_pool_segments)
+MEAN = Pooling(mean_pool, mean_pool_segments)
+
+
+class Router(FreePoolModule):
+    """One module per kind of router on a base model; what it holds is keyed by adapter.
+
+    (A module per adapter would break how FSDP gathers modules and how PEFT filters keys.) Containers hold one
+    ``nn.Linear`` per adapter and have names that begin with ``sapt_``: what may train in ``adapter_layer_names``, what
+    must not in ``other_param_names``, what belongs to one task in a pair of ``stacks``. From these follow freezing,
+    saving, loading, moving and removing.
+
+    A new kind is a subclass in a file beside this one and a line in ``ROUTERS``. Whatever it does: old tasks' parts
+    keep their bytes, and a row's weights depend on that row alone.
+    """
+
+    kind: ClassVar[str]  # value of SaptConfig.router
+    module_name: ClassVar[str]  # attribute on the base model; without "sapt_", which PEFT takes for a layer's part
+    needs_replay: ClassVar[bool]  # whether it learns by gradient, and ARM has to hold the attention of old tasks
+    pooling: ClassVar[Pooling]
+    description: ClassVar[str]  # in a model card: "For every prompt ... decides how much of each block answers it"
+    keeps: ClassVar[str] = ""  # in a model card: what it keeps of the prompts, a sentence
+
+    @classmethod
+    def check_config(cls, config: SaptConfig) -> None:
+        """Raises [`SaptError`] for fields that this kind does not take."""
+        if config.fallback is not None:
+            raise SaptError(f"SaptConfig.fallback is not for router={cls.kind!r}, which tells no row from the others.")
+        if config.pool_padding:
+            raise SaptError("SaptConfig.pool_padding reproduces the learned attention: it needs router='attention'.")
+
+    # --- building and saving --------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def update_layer(self, adapter: str, config: SaptConfig, device: torch.device | None) -> None:
+        """Build the parts of ``adapter`` for the tasks in ``config``, in float32, and note ``config``."""
+
+    def part_sizes(self, config: SaptConfig) -> list[int]:
+        return [1] * len(config.tasks)
+
+    def state_of(self, adapter: str) -> dict[str, Tensor]:
+        """Parameters of ``adapter`` by container, and by container.name beside a weight; whole if sharded."""
+        found = {}
+        for container in self.adapter_layer_names + self.other_param_names:
+            modules = getattr(self, container)
+            if adapter in modules:
+                for name, parameter in modules[adapter].named_parameters():
+                    found[state_key(container, name)] = unshard(parameter)
+        return found
+
+    # --- routing --------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    @abstractmethod
+    def log_weights_of(state: Mapping[str, Tensor], config: SaptConfig, pooled: Tensor) -> Tensor:
+        """Log of the weights over the tasks, oldest first, from a state alone: [..., d] -> [..., T], float32.
+
+        Args:
+            state: as [`state_of`] gives it, or the same tensors out of a file.
+            pooled: prompts pooled by ``pooling``.
+        """
+
+    def log_weights(self, adapter: str, pooled: Tensor) -> Tensor:
+        """[`log_weights_of`] with the state of ``adapter``: [..., d] -> [..., T], float32."""
+        return self.log_weights_of(self.state_of(adapter), self.configs[adapter], pooled)
+
+    def out_of_distribution(self, adapter: str, pooled: Tensor) -> Tensor | None:
+        """Rows [B] of pooled prompts [B, d] that no task claims and the base model answers; None if never any."""
+        return None
+
+    def attend(self, adapter: str, pooled: Tensor) -> Tensor:
+        """Pooled prompts [B, d] -> weights [B, T]; uniform for a row without any prompt token."""
+        empty = pooled.isnan().any(dim=1, keepdim=True)
+        filled = pooled.masked_fill(empty, 0.0)
+        weights = self.log_weights(adapter, filled).exp()
+        foreign = self.out_of_distribution(adapter, filled)
+        if foreign is not None:
+            weights = weights.masked_fill(foreign.unsqueeze(1), 0.0)
+        return torch.where(empty, torch.full_like(weights, 1 / weights.shape[1]), weights)
+
+    @classmethod
+    def stored_weights(
+        cls, state: Mapping[str, Tensor], config: SaptConfig, replay: list[Tensor] | None
+    ) -> list[Tensor | None]:
+        """Mean weights [T] of what is stored of each task, for the model card; None where nothing is.
+
+        Args:
+            replay: pooled replay rows of each task, [n_t, d], or None if the pool has none at all.
+        """
+        if replay is None:
+            return [None for _ in config.tasks]
+        return [cls.log_weights_of(state, config, r).exp().mean(dim=0) if len(r) else None for r in replay]
+
+    # --- a task's life --------------------------------------------------------------------------------------------
+
+    def check_ready(self, adapter: str) -> None:
+        """Raises [`TaskError`] if the newest task cannot train yet; called in every training forward."""
+
+    def fit(self, adapter: str, pooled: Tensor) -> None:
+        """Take in the newest task's training prompts [n, d], before it trains.
+
+        Raises:
+            TaskError: this kind is fitted otherwise, or has seen the task.
+        """
+        raise TaskError(
+            f"fit_router is for routers that are solved from prompts, as router='ridge'; {self.kind!r} is fitted in "
+            "training."
+        )
+
+    def is_fitted(self, adapter: str) -> bool:
+        """Whether [`fit`] has seen the newest task."""
+        return False
+
+    def resize(self, adapter: str, kept: list[int]) -> None:
+        """Let what is in no stack follow its tasks: ``kept`` are indices of before, -1 for a new task."""
+
+    def on_commit(self, adapter: str, pooled: Tensor) -> None:
+        """The newest task is about to be committed, with these training prompts [n, d], n > 0."""
+
+
+def state_key(container: str, parameter: str) -> str:
+    """The name of a parameter in a router's state: that of its container, if it is a weight."""
+    return container if parameter == "weight" else f"{container}.{parameter}"
+
+
+def stacked(state: Mapping[str, Tensor], newest: str, old: str) -> Tensor:
+    """A stack of a state with its newest part last, [T, ...]."""
+    return torch.cat([state[old], state[newest]]) if old in state else state[newest]

@@ -1,0 +1,182 @@
+"""SAPT-Prompt: soft prompts of equal length as blocks, mixed by the shared attention and put before the input.
+
+    P = sum_t w_t P_t,   P_t [P, d]   (SAPT, section 3.2, with prompts in place of LoRA)
+
+A forward of the base model (or of its encoder) gets the mixed prompt [B, P, d] in front of its token embeddings, and a
+mask, positions and labels to match. Virtual tokens hold the positions 0..P-1 and a row's tokens follow, however the
+row is padded, so that a row's result depends on that row alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import SaptConfig
+from ..errors import PromptError, SaptError, WeightsError
+from ..pool_module import FreePoolModule, Linears, linear_from, unshard
+from .caches import is_filled, past_of, virtual_tokens
+from .packing import segments_of
+from .prompt_mask import IGNORED_LABEL, inferred_mask
+
+
+class SoftPrompts(FreePoolModule):
+    """Per adapter: ``sapt_prompt`` [P, d] of the newest task, and ``sapt_old_prompts`` [(T - 1) * P, d], frozen."""
+
+    adapter_layer_names = ("sapt_prompt",)
+    other_param_names = ("sapt_old_prompts",)
+    stacks = {"sapt_prompt": "sapt_old_prompts"}
+    sapt_prompt: Linears
+    sapt_old_prompts: Linears
+
+    def update_layer(self, adapter: str, config: SaptConfig, embedding: Tensor | None) -> None:
+        """Build a prompt for each task in ``config``, out of the embeddings of random tokens."""
+        if embedding is None:
+            raise SaptError("block='prompt' needs a base model with token embeddings.")
+        self.configs[adapter] = config
+        *old, newest = [new_prompt(config, embedding) for _ in config.tasks]
+        self.sapt_prompt[adapter] = linear_from(newest)
+        if old:
+            self.sapt_old_prompts[adapter] = linear_from(torch.cat(old))
+
+    def part_sizes(self, config: SaptConfig) -> list[int]:
+        return [config.num_virtual_tokens] * len(config.tasks)
+
+    def newest_part(self, adapter: str, rank: int) -> dict[str, Tensor]:
+        return {"sapt_prompt": new_prompt(self.configs[adapter], self.hooks.base.get_input_embeddings().weight)}
+
+    def init_from_mixture(self, adapter: str, shares: Tensor) -> None:
+        newest = self.sapt_prompt[adapter].weight
+        old = self.sapt_old_prompts[adapter].weight.float().view(len(shares), *newest.shape)  # [T - 1, P, d]
+        newest.data.copy_(torch.einsum("t,tpd->pd", shares.to(old), old))
+
+    def mixed(self, adapter: str, weights: Tensor) -> Tensor:
+        """Weights [B, T] -> prompts [B, P, d] in float32."""
+        newest = unshard(self.sapt_prompt[adapter].weight)  # [P, d]
+        parts = [unshard(self.sapt_old_prompts[adapter].weight)] if adapter in self.sapt_old_prompts else []
+        prompts = torch.cat([*parts, newest]).float().view(weights.shape[-1], *newest.shape)  # [T, P, d]
+        with torch.autocast(device_type=prompts.device.type, enabled=False):
+            return torch.einsum("bt,tpd->bpd", weights, prompts)
+
+
+def new_prompt(config: SaptConfig, embedding: Tensor) -> Tensor:
+    """Embeddings of ``num_virtual_tokens`` random tokens, [P, d] in float32: soft prompts learn best from real ones.
+
+    With ``init_weights=False`` they are random, for tests.
+    """
+    shape = config.num_virtual_tokens, config.token_dim or embedding.shape[-1]
+    if embedding.device.type == "meta" or not config.init_weights:
+        return torch.randn(shape, device=embedding.device)
+    picked = torch.randint(len(embedding), (config.num_virtual_tokens,))
+    return embedding.detach()[picked.to(embedding.device)].float().clone()
+
+
+def prepend_prompt(
+    module: nn.Module, mixed: Callable[[], Tensor], length: int, inputs: dict[str, Any], encoder_decoder: bool
+) -> tuple[dict[str, Any], int | None]:
+    """The arguments of a forward with the prompt ``mixed()`` [B, P, d] in front, P = ``length``, and the P + S
+    positions that its logits then have, if these are to be cut.
+
+    ``inputs`` are all arguments by name. Later forwards on a cache that begins with the virtual tokens get mask and
+    positions alone; so does the decoder of an encoder-decoder, whose encoder outputs begin with them.
+
+    Raises:
+        PromptError: packed rows, or a mask of more than two dimensions.
+        WeightsError: a filled cache that does not begin with virtual tokens.
+    """
+    changed = dict(inputs)
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.dim() != 2:
+        raise PromptError(f"attention_mask has {mask.dim()} dimensions: soft prompts need a mask [B, S].")
+    encoded = inputs.get("encoder_outputs")
+    if encoder_decoder and encoded is not None:
+        if mask is not None and encoded[0].shape[1] == mask.shape[1] + length:
+            changed["attention_mask"] = insert_before_first(mask.new_ones(len(mask), length), mask, mask)
+        return changed, None
+    ids, cache = inputs.get("input_ids"), past_of(inputs)
+    takes = inspect.signature(module.forward).parameters
+    if not encoder_decoder and is_filled(cache):
+        if virtual_tokens(cache) != length:
+            raise WeightsError(
+                "past_key_values was filled without this pool's soft prompts: start from the whole prompt, without it."
+            )
+        width = (ids if ids is not None else inputs["inputs_embeds"]).shape[1]
+        if mask is not None:
+            changed["attention_mask"] = pad_left(mask, length, 1)
+        changed.update(positions(takes, inputs, changed.get("attention_mask"), length, width))
+        return changed, None
+    if segments_of(inputs) is not None:
+        raise PromptError("Packed rows are not supported with block='prompt': switch packing off.")
+    embeddings = inputs.get("inputs_embeds")
+    if embeddings is None:
+        embeddings = module.get_input_embeddings()(ids)  # type: ignore[operator]  # [B, S, d]
+    width = embeddings.shape[1]
+    if mask is None and ids is not None:
+        config: Any = getattr(module, "config", None)
+        mask = inferred_mask(ids, getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)).long()
+    elif mask is None:
+        mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
+    changed.pop("input_ids", None)
+    prompt = mixed().to(embeddings)
+    if encoder_decoder:  # relative positions cannot be given, so that left padding must stay in front
+        changed["inputs_embeds"] = insert_before_first(prompt, embeddings, mask)  # [B, P + S, d]
+        changed["attention_mask"] = insert_before_first(mask.new_ones(len(mask), length), mask, mask)
+        return changed, None
+    changed["inputs_embeds"] = torch.cat([prompt, embeddings], dim=1)  # [B, P + S, d]
+    changed["attention_mask"] = pad_left(mask, length, 1)
+    changed.update(positions(takes, inputs, changed["attention_mask"], length, length + width))
+    labels, kept = inputs.get("labels"), inputs.get("logits_to_keep")
+    if labels is not None and labels.shape[1:2] == (width,):
+        changed["labels"] = pad_left(labels, length, IGNORED_LABEL)
+    if isinstance(kept, Tensor):
+        changed["logits_to_keep"] = kept + length
+    return changed, length + width
+
+
+def pad_left(tensor: Tensor, length: int, value: int) -> Tensor:
+    """``tensor`` [B, S] with ``length`` columns of ``value`` in front."""
+    return nn.functional.pad(tensor, (length, 0), value=value)
+
+
+def insert_before_first(front: Tensor, tensor: Tensor, mask: Tensor) -> Tensor:
+    """``front`` [B, P, ...] put into ``tensor`` [B, S, ...] before the first position that ``mask`` has in a row."""
+    length, both = front.shape[1], torch.cat([front, tensor], dim=1)
+    first = mask.bool().int().argmax(dim=1, keepdim=True)  # [B, 1]
+    places = torch.arange(both.shape[1], device=mask.device).expand(len(both), -1)
+    source = torch.where(places < first, places + length, torch.where(places < first + length, places - first, places))
+    return both[torch.arange(len(both), device=mask.device).unsqueeze(1), source]
+
+
+def positions(takes: Any, inputs: dict[str, Any], mask: Tensor | None, length: int, width: int) -> dict[str, Tensor]:
+    """Positions of the last ``width`` tokens of rows with virtual ones in front: those given, moved, or the mask's."""
+    if "position_ids" not in takes:
+        return {}
+    given = inputs.get("position_ids")
+    if given is not None:
+        moved = given + length
+        if width > given.shape[-1]:
+            front = torch.arange(length, device=moved.device).expand(*moved.shape[:-1], length)
+            moved = torch.cat([front, moved], dim=-1)
+        return {"position_ids": moved}
+    if mask is None:
+        return {}
+    return {"position_ids": (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -width:]}
+
+
+def strip_prompt(output: Any, length: int, total: int) -> Any:
+    """``output`` with its logits cut to the tokens of the caller: [B, P + S, V] -> [B, S, V]."""
+
+    def cut(value: Any) -> Any:
+        has_prompt = isinstance(value, Tensor) and value.dim() == 3 and value.shape[1] == total
+        return value[:, length:] if has_prompt else value
+
+    if isinstance(output, tuple):
+        return tuple(cut(value) for value in output)
+    for name in ("logits", "last_hidden_state"):
+        if getattr(output, name, None) is not None:
+            output[name] = cut(output[name])
+    return output
