@@ -166,9 +166,9 @@ class SaptConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PeftType[METHOD]
         if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # PEFT keeps names in sets
         if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]  # PEFT keeps names in sets
         if self.layers_pattern and self.layers_to_transform is None:
             raise SaptError("layers_pattern is given without layers_to_transform: give both, or neither.")
         self._check_ranges()

@@ -50,7 +50,7 @@ class SaptModel(BaseTuner):
     peft_config: dict[str, SaptConfig]  # type: ignore[assignment]  # all configs of this tuner are its own
     prefix = "sapt_"
     tuner_layer_cls = PoolModule
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]  # PEFT's type is narrower than its use
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

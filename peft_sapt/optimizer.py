@@ -53,7 +53,7 @@ def create_optimizer(
     """
     from transformers import Trainer  # here, as it loads datasets
 
-    cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)  # type: ignore[arg-type]
+    cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)  # type: ignore[arg-type]  # the model is asked for its names alone
     groups = optimizer_groups(model, args.learning_rate, attention_lr, args.weight_decay)
     kwargs = {k: v for k, v in kwargs.items() if k != "lr"}
     return cls(groups, lr=args.learning_rate, **kwargs), None

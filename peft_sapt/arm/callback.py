@@ -159,7 +159,7 @@ class ArmCallback(Reflection, TrainerCallback):
             subset = torch.utils.data.Subset(dataset, picked)
             self.take_batches(pool, DataLoader(subset, batch_size=32, shuffle=False, collate_fn=collate))
             # packed rows hold several samples each, all of which are counted in pooled
-            self.rows = round(len(self.pooled) * len(dataset) / count)  # type: ignore[arg-type]
+            self.rows = round(len(self.pooled) * len(dataset) / count)  # type: ignore[arg-type]  # set by take_batches
 
     def seed_of(self, args: TrainingArguments, pool: Pool) -> int:
         """The callback's seed, or the Trainer's, apart for each task."""

@@ -133,10 +133,10 @@ class FrozenPrefix(nn.Module):
         for index in range(len(self._below[0])):
             pair = []
             for which in (0, 1):
-                first = found[0].cached[index][which]  # type: ignore[index]
+                first = found[0].cached[index][which]  # type: ignore[index]  # rows were computed with their cache
                 padded = first.new_zeros(len(found), first.shape[1], width, first.shape[3])
                 for i, ((start, tokens), known) in enumerate(zip(spans, found, strict=True)):
-                    padded[i, :, start : start + len(tokens)] = known.cached[index][which][0]  # type: ignore[index]
+                    padded[i, :, start : start + len(tokens)] = known.cached[index][which][0]  # type: ignore[index]  # rows were computed with their cache
                 pair.append(padded)
             cache.update(*pair, index)
 
@@ -176,7 +176,7 @@ def with_frozen_prefix(base: nn.Module, depth: int) -> nn.Module | None:
     if depth < 1 or config.model_type not in FAMILIES or config.attention_dropout:
         return None
     model = copy.deepcopy(base)
-    decoder = model.get_decoder()  # type: ignore[operator]
+    decoder = model.get_decoder()  # type: ignore[operator]  # a decoder-only model has it
     prefix = FrozenPrefix(decoder, depth)
     for index in range(depth):
         decoder.layers[index] = SkippedLayer() if index else prefix

@@ -165,10 +165,10 @@ def settings_of(bench: Bench) -> dict[str, Any]:
 
 def base_fingerprint(base: torch.nn.Module) -> str:
     """Type and size of a base model, and SHA-256 of its token embeddings."""
-    table = base.get_input_embeddings().weight.detach().float().cpu().contiguous()  # type: ignore[operator]
+    table = base.get_input_embeddings().weight.detach().float().cpu().contiguous()  # type: ignore[operator]  # a transformers model has embeddings
     sha = hashlib.sha256(table.numpy().tobytes()).hexdigest()
     count = sum(parameter.numel() for parameter in base.parameters())
-    return f"{base.config.model_type} {count} {sha}"  # type: ignore[union-attr]
+    return f"{base.config.model_type} {count} {sha}"  # type: ignore[union-attr]  # a transformers model has a config
 
 
 def is_done(path: Path, own: Bench, run: Run) -> bool:

@@ -80,7 +80,7 @@ def lora_config(bench: Bench) -> LoraConfig:
     return LoraConfig(
         task_type=task_type(bench),
         r=bench.budget.r,
-        lora_alpha=bench.budget.lora_alpha,  # type: ignore[arg-type]
+        lora_alpha=bench.budget.lora_alpha,  # type: ignore[arg-type]  # PEFT takes floats
         layers_to_transform=bench.upper_layers(),
     )
 

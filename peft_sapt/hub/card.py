@@ -102,7 +102,7 @@ def around(text: str) -> tuple[str, str]:
     """What stands before and after our section; without the lines of an untouched template."""
     before, _, rest = text.partition(BEGIN)
     after = rest.partition(END)[2]
-    return tuple("" if is_template(part) else part.strip() for part in (before, after))  # type: ignore[return-value]
+    return tuple("" if is_template(part) else part.strip() for part in (before, after))  # type: ignore[return-value]  # of two parts
 
 
 def is_template(text: str) -> bool:

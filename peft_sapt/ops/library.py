@@ -40,7 +40,7 @@ _library.define(
 )
 
 
-def _forward(x, base, old_a, old_b, new_a, new_b, scales, old_gradient, kernel):  # type: ignore[no-untyped-def]
+def _forward(x, base, old_a, old_b, new_a, new_b, scales, old_gradient, kernel):  # type: ignore[no-untyped-def]  # typed by the schema above
     if kernel == "triton":
         from . import triton_kernel
 
@@ -48,7 +48,7 @@ def _forward(x, base, old_a, old_b, new_a, new_b, scales, old_gradient, kernel):
     return torch_kernel.forward(x, base, old_a, old_b, new_a, new_b, scales)
 
 
-def _value(x, base, old_a, old_b, new_a, new_b, scales, kernel):  # type: ignore[no-untyped-def]
+def _value(x, base, old_a, old_b, new_a, new_b, scales, kernel):  # type: ignore[no-untyped-def]  # typed by the schema above
     if kernel == "triton":
         from . import triton_kernel
 
@@ -56,12 +56,12 @@ def _value(x, base, old_a, old_b, new_a, new_b, scales, kernel):  # type: ignore
     return torch_kernel.forward(x, base, old_a, old_b, new_a, new_b, scales)[0]
 
 
-def _backward(dy, x, h, old_a, old_b, new_a, new_b, scales, old_gradient, needs, kernel):  # type: ignore[no-untyped-def]
+def _backward(dy, x, h, old_a, old_b, new_a, new_b, scales, old_gradient, needs, kernel):  # type: ignore[no-untyped-def]  # typed by the schema above
     found = _gradients(dy, x, h, old_a, old_b, new_a, new_b, scales, old_gradient, needs, kernel)
     return [x.new_empty(0) if grad is None else grad for grad in found]  # an op returns tensors, never None
 
 
-def _gradients(dy, x, h, old_a, old_b, new_a, new_b, scales, old_gradient, needs, kernel):  # type: ignore[no-untyped-def]
+def _gradients(dy, x, h, old_a, old_b, new_a, new_b, scales, old_gradient, needs, kernel):  # type: ignore[no-untyped-def]  # typed by the schema above
     arguments = (dy, x, h, old_a, old_b, new_a, new_b, scales, old_gradient, needs)
     if kernel == "triton":
         from . import triton_kernel
@@ -70,15 +70,15 @@ def _gradients(dy, x, h, old_a, old_b, new_a, new_b, scales, old_gradient, needs
     return torch_kernel.backward(*arguments)
 
 
-def _fake_forward(x, base, old_a, old_b, new_a, new_b, scales, old_gradient, kernel):  # type: ignore[no-untyped-def]
+def _fake_forward(x, base, old_a, old_b, new_a, new_b, scales, old_gradient, kernel):  # type: ignore[no-untyped-def]  # typed by the schema above
     return torch.empty_like(base, memory_format=torch.contiguous_format), x.new_empty(x.shape[0], scales.shape[-1])
 
 
-def _fake_value(x, base, old_a, old_b, new_a, new_b, scales, kernel):  # type: ignore[no-untyped-def]
+def _fake_value(x, base, old_a, old_b, new_a, new_b, scales, kernel):  # type: ignore[no-untyped-def]  # typed by the schema above
     return torch.empty_like(base, memory_format=torch.contiguous_format)
 
 
-def _fake_backward(dy, x, h, old_a, old_b, new_a, new_b, scales, old_gradient, needs, kernel):  # type: ignore[no-untyped-def]
+def _fake_backward(dy, x, h, old_a, old_b, new_a, new_b, scales, old_gradient, needs, kernel):  # type: ignore[no-untyped-def]  # typed by the schema above
     like = (x, old_a, old_b, new_a, new_b, scales)
     return [torch.empty_like(t, memory_format=torch.contiguous_format) if n else x.new_empty(0)
             for t, n in zip(like, needs, strict=True)]  # fmt: skip
@@ -111,7 +111,7 @@ class ScaledLora(torch.autograd.Function):
     """``scaled_lora`` for plain tensors in an eager call."""
 
     @staticmethod
-    def forward(ctx, x, base, old_a, old_b, new_a, new_b, scales, old_gradient, kernel):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, base, old_a, old_b, new_a, new_b, scales, old_gradient, kernel):  # type: ignore[no-untyped-def]  # typed by the schema above
         y, h = _forward(x, base, old_a, old_b, new_a, new_b, scales, old_gradient, kernel)
         ctx.old_gradient, ctx.kernel = old_gradient, kernel
         ctx.save_for_backward(x, h, old_a, old_b, new_a, new_b, scales)
@@ -119,7 +119,7 @@ class ScaledLora(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]  # typed by the schema above
         needs = ctx.needs_input_grad
         found = _gradients(dy, *ctx.saved_tensors, ctx.old_gradient, [needs[0], *needs[2:7]], ctx.kernel)
         return found[0], dy if needs[1] else None, *found[1:], None, None

@@ -12,7 +12,7 @@ from torch import Tensor
 def shrink(x: Tensor, old: Tensor | None, new: Tensor | None) -> Tensor:
     """``x P^T`` for the stacked factor P of old and new rows: x [N, D] -> [N, R]."""
     if old is None or new is None:
-        return x @ (old if new is None else new).mT  # type: ignore[union-attr]
+        return x @ (old if new is None else new).mT  # type: ignore[union-attr]  # one of the two is there
     h = x.new_empty(x.shape[0], old.shape[0] + new.shape[0])
     torch.mm(x, old.mT, out=h[:, : old.shape[0]])
     torch.mm(x, new.mT, out=h[:, old.shape[0] :])

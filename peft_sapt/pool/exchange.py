@@ -176,7 +176,7 @@ def lora_config(pool: Pool, r: int, alpha: float, use_rslora: bool = False) -> L
         task_type=pool.config.task_type,
         base_model_name_or_path=pool.config.base_model_name_or_path,
         r=r,
-        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # type: ignore[arg-type]
+        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # type: ignore[arg-type]  # PEFT takes floats, as older adapters have
         use_rslora=use_rslora,
         target_modules=sorted(target_names(pool.base, set(layers))),
         fan_in_fan_out=conv,

@@ -57,8 +57,8 @@ def when_wrapped(tuner: nn.Module) -> None:
 def keep_card(model: Any) -> None:
     """Let ``model``, if it is a [`PeftModel`], write our section after each card of PEFT's or transformers'."""
     if isinstance(model, PeftModel):
-        model.create_or_update_model_card = partial(update_and_refresh, model)  # type: ignore[method-assign]
-        model._upload_modified_files = partial(refresh_and_upload, model)  # type: ignore[method-assign]
+        model.create_or_update_model_card = partial(update_and_refresh, model)  # type: ignore[method-assign]  # the point of this file
+        model._upload_modified_files = partial(refresh_and_upload, model)  # type: ignore[method-assign]  # the point of this file
 
 
 def update_and_refresh(model: PeftModel, output_dir: str) -> None:
@@ -78,7 +78,7 @@ def refresh_and_upload(model: PeftModel, working_dir: Any, repo_id: str, *rest: 
 def check_loads(model: Any) -> None:
     """Let ``model``, if it is a [`PeftModel`], check the folders that adapters are loaded from."""
     if isinstance(model, PeftModel):
-        model.load_adapter = partial(check_and_load, model)  # type: ignore[method-assign]
+        model.load_adapter = partial(check_and_load, model)  # type: ignore[method-assign]  # the point of this file
 
 
 def check_and_load(model: PeftModel, model_id: Any, *rest: Any, **more: Any) -> Any:

@@ -45,7 +45,7 @@ class RoutingHooks:
         """Register the hooks on ``base`` and on its encoder, if it is an encoder-decoder."""
         self.base, points = base, [base]
         if is_encoder_decoder(base):
-            points.append(base.get_encoder())  # type: ignore[operator]
+            points.append(base.get_encoder())  # type: ignore[operator]  # an encoder-decoder has it
         for module in points:
             self.handles.append(module.register_forward_pre_hook(self.before, with_kwargs=True))
             self.handles.append(module.register_forward_hook(self.after, always_call=True))

@@ -38,7 +38,7 @@ def read_prompts(
     ids, embeddings = inputs.get("input_ids"), inputs.get("inputs_embeds")
     if ids is None and embeddings is None:
         raise PromptError("Neither input_ids nor inputs_embeds is given: the attention needs the prompt.")
-    shape = ids.shape if ids is not None else embeddings.shape[:2]  # type: ignore[union-attr]
+    shape = ids.shape if ids is not None else embeddings.shape[:2]  # type: ignore[union-attr]  # one of the two is there
     segments = segments_of(inputs)
     if segments is not None and is_encoder_decoder(module):
         raise PromptError("Packed rows are not supported for encoder-decoder models: switch packing off.")
@@ -60,7 +60,7 @@ def read_prompts(
             require_prompts(mask, labels, segments)
     if embeddings is None:
         with torch.no_grad():  # hooks such as enable_input_require_grads must not pull the attention into their graph
-            embeddings = look_up(module.get_input_embeddings(), ids)  # type: ignore[operator, arg-type]
+            embeddings = look_up(module.get_input_embeddings(), ids)  # type: ignore[operator, arg-type]  # ids are there, and the model has it
     embeddings = embeddings.detach()  # [B, S, d]
     if segments is not None:
         return Prompts(pooling.segments(embeddings, mask, segments), mask, segments)
@@ -177,7 +177,7 @@ def with_padding(module: nn.Module, pooled: Tensor, mask: Tensor, inputs: dict[s
     cut = inputs.get("labels") is not None or inputs.get("sapt_prompt_mask") is not None
     width = int(lengths.max()) if cut and not is_encoder_decoder(module) else mask.shape[1]
     with torch.no_grad():
-        table = module.get_input_embeddings()  # type: ignore[operator]
+        table = module.get_input_embeddings()  # type: ignore[operator]  # a transformers model has it
         pad_embedding = table(torch.tensor([pad], device=mask.device)).float()  # [1, d]
     padded = torch.maximum(pooled, pad_embedding)
     return torch.where((lengths < width).unsqueeze(1), padded, pooled)
@@ -192,7 +192,7 @@ def is_encoder_decoder(module: nn.Module) -> bool:
 def embedding_weight(model: nn.Module) -> Tensor | None:
     """Token embeddings [V, d] of the base model, if it has any."""
     try:
-        embedding = model.get_input_embeddings()  # type: ignore[operator]
+        embedding = model.get_input_embeddings()  # type: ignore[operator]  # a transformers model has it
     except (AttributeError, NotImplementedError):
         return None
     return getattr(embedding, "weight", None)

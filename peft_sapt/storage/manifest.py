@@ -79,7 +79,7 @@ def digest(tensor: Tensor) -> str:
     flat = tensor.detach().cpu().contiguous()
     sha = hashlib.sha256(f"{str(flat.dtype).removeprefix('torch.')}{list(flat.shape)}".encode())
     if flat.numel():
-        sha.update(memoryview(flat.view(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+        sha.update(memoryview(flat.view(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]  # numpy arrays are buffers
     return sha.hexdigest()
 
 

@@ -43,7 +43,7 @@ class ProgPrompt(PromptMethod):
 
     @property
     def virtual(self) -> Progressive:
-        return self.model.virtual  # type: ignore[return-value]
+        return self.model.virtual  # type: ignore[return-value]  # its own module
 
     def learn(self, name: str) -> None:
         self.virtual.used = None

@@ -96,16 +96,16 @@ def measure(
         trained = [value for value in p.values() if value.requires_grad]
         dy = torch.randn_like(p["base"])
         runs: dict[str, Callable[[], Tensor]] = {
-            k: lambda k=k, p=p, shape=shape: fused(p, shape, k)  # type: ignore[misc]
+            k: lambda k=k, p=p, shape=shape: fused(p, shape, k)  # type: ignore[misc]  # lambdas that bind a loop's values
             for k in kernels
         }
-        runs["naive"] = lambda p=p, shape=shape: naive(p, shape)  # type: ignore[misc]
+        runs["naive"] = lambda p=p, shape=shape: naive(p, shape)  # type: ignore[misc]  # lambdas that bind a loop's values
         ahead, back = floors.forward(shape, dtype.itemsize), floors.backward(shape, dtype.itemsize)
         with torch.no_grad():
             times = {name: milliseconds(run, device) for name, run in runs.items()}
         found.append(Timing(shape, "forward", ahead.seconds(*top) * 1e3, times))
         times = {
-            name: milliseconds(lambda run=run, trained=trained, dy=dy: torch.autograd.grad(run(), trained, dy), device)  # type: ignore[misc]
+            name: milliseconds(lambda run=run, trained=trained, dy=dy: torch.autograd.grad(run(), trained, dy), device)  # type: ignore[misc]  # lambdas that bind a loop's values
             for name, run in runs.items()
         }
         both = ahead.seconds(*top) + back.seconds(*top)
