@@ -4,7 +4,7 @@
 
 A mixture of blocks with fixed weights is a LoRA of rank sum(r_t), so a server of per-request LoRAs can answer with it.
 The pool itself runs here only for its attention, which needs the embeddings and no layer. vLLM was never run with this
-script; the folders it hands over are tested against the pool with plain PEFT (tests/test_serving.py).
+script; the folders it hands over are tested against the pool with plain PEFT (tests/examples/test_serving.py).
 """
 
 from __future__ import annotations

@@ -134,8 +134,8 @@ class SaptMethod(Method):
 class PromptPerTask(PerTask):
     """A soft prompt for each task, which is named at test time.
 
-    One prompt is a pool of one, which is PEFT's prompt tuning to the bit (tests/test_soft_prompt.py), with the virtual
-    tokens next to the row's however it is padded.
+    One prompt is a pool of one, which is PEFT's prompt tuning to the bit (tests/routing/test_soft_prompt.py), with the
+    virtual tokens next to the row's however it is padded.
     """
 
     title = "one prompt per task"
