@@ -13,6 +13,7 @@ import peft
 
 import peft_sapt
 from peft_sapt.continual.frozen_prefix import KnownRow
+from peft_sapt.ops.devtools.compile_check import Compiled, Variant
 from peft_sapt.ops.devtools.timings import Timing
 from peft_sapt.routing.prompts import Prompts
 
@@ -36,7 +37,13 @@ def build(folder: Path) -> list[str]:
         setattr(peft_sapt.config, name, getattr(typing, name))
     for name in ("TaskType", "PeftType"):
         setattr(peft_sapt.config, name, getattr(peft, name))
-    for cls in (KnownRow, Prompts, Timing):  # a named tuple's constructor does not know its module's names
+    for cls in (
+        Compiled,
+        KnownRow,
+        Prompts,
+        Timing,
+        Variant,
+    ):  # a named tuple's constructor does not know its module's names
         cls.__new__.__annotations__ = typing.get_type_hints(cls)
     names = modules()
     pdoc.render.configure(docformat="google", show_source=True)

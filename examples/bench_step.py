@@ -33,14 +33,14 @@ class NaiveLayer(nn.Module):
 
     def __init__(self, layer: SaptLayer, ranks: list[int]) -> None:
         super().__init__()
-        self.base_layer, self.routing = layer.get_base_layer(), layer.routing
+        self.base_layer, self.state = layer.get_base_layer(), layer.forward_state
         self.scaling = layer.configs["default"].scalings[0]
         a, b = (layer.parts(name, "default", ranks) for name in ("sapt_A", "sapt_B"))
         self.old = nn.ParameterList([nn.Parameter(p.clone(), requires_grad=False) for p in a[:-1] + b[:-1]])
         self.new_a, self.new_b = nn.Parameter(a[-1].clone()), nn.Parameter(b[-1].clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        weights = self.routing.weights * self.scaling  # [B, T]
+        weights = self.state.weights * self.scaling  # [B, T]
         half = len(self.old) // 2
         old = list(zip(self.old[:half], self.old[half:], strict=True))
         return naive_sum(x, self.base_layer(x), old, (self.new_a, self.new_b), weights)

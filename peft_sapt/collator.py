@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .errors import PromptError
-from .routing.packing import before_labels_in_segments, segments_of
-from .routing.prompt_mask import before_labels
+from .routing.packing import segments_of
+from .routing.prompt_mask import before_labels, before_labels_in_segments
 
 
 class PromptMaskCollator:

@@ -158,7 +158,7 @@ class SaptConfig(PeftConfig):
     records: dict[str, dict[str, Any]] = field(
         default=FILLED_IN, metadata={"help": "What the model card says of each task; see `record_task`."}
     )
-    generation: str | None = field(
+    save_id: str | None = field(
         default=None, metadata={"help": "Which save this belongs to; the weights file of that save has the same."}
     )
 

@@ -32,6 +32,8 @@ from .routing.hooks import SAPT_ARGUMENTS, RoutingHooks
 from .routing.install import install, memory_on, put_aside, uninstall
 from .routing.prompts import checked_token_dim, embedding_weight
 
+Shares = Mapping[str, float] | Sequence[float] | Tensor
+
 
 class SaptModel(BaseTuner):
     """A base model with one or more pools of LoRA blocks under a shared attention (SAPT, ACL 2024), as
@@ -101,7 +103,8 @@ class SaptModel(BaseTuner):
         return self.pool.committed_tasks
 
     def task_state(self, name: str) -> dict[str, Tensor]:
-        """Everything that belongs to one task, as views: A [r, in] and B [r, out] by layer, and its key [1, d]."""
+        """What belongs to one task alone, as views by name: A [r, in] and B [r, out] of its block in each layer (or a
+        soft prompt [P, d]), and what the router keeps of it, such as a key [1, query_dim]."""
         return self.pool.task_state(name)
 
     # --- the life of a task ---------------------------------------------------------------------------------------
@@ -155,7 +158,7 @@ class SaptModel(BaseTuner):
 
         Raises:
             TaskError: the task is committed already, or no training prompt of it is known.
-            PromptError: rows without a prompt token. TrainingError: block or key are not finite. It stays open then.
+            PromptError: rows without a prompt token. TrainingError: a parameter is not finite. It stays open then.
         """
         lifecycle.commit_task(self.pool, inputs, replay)
 
@@ -205,12 +208,12 @@ class SaptModel(BaseTuner):
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
         batch |= {"labels": labels, "sapt_prompt_mask": sapt_prompt_mask}
         pool = self.pool
-        return pool.router.attend(pool.name, pool.pooled_prompts([batch]))
+        return pool.router.attend(pool.adapter, pool.pooled_prompts([batch]))
 
     def pooled_prompts(self, batches: Batches) -> Tensor:
-        """Pooled prompt embeddings of all rows in ``batches``, [N, d] in float32: element-wise maxima for the learned
-        attention (SAPT, section 3.2), means for the closed form. Tensors pass through; raises [`WeightsError`] for one
-        that is not [N, token_dim]."""
+        """Pooled prompt embeddings of all rows in ``batches``, [N, d] in float32: element-wise maxima with
+        ``router="attention"`` (SAPT, section 3.2), means with ``router="ridge"``. Tensors pass through; raises
+        [`WeightsError`] for one that is not [N, token_dim]."""
         return self.pool.pooled_prompts(batches)
 
     # --- exchange with plain adapters -----------------------------------------------------------------------------
@@ -226,9 +229,7 @@ class SaptModel(BaseTuner):
         """
         exchange.export_task(self.pool, name, folder)
 
-    def export_mixture(
-        self, weights: Mapping[str, float] | Sequence[float] | Tensor, folder: str | os.PathLike
-    ) -> None:
+    def export_mixture(self, weights: Shares, folder: str | os.PathLike) -> None:
         """Write a fixed mixture of tasks as one plain LoRA adapter; exact, as its rank is the sum of the ranks.
 
         ``sum_t w_t s_t B_t A_t = B A`` with the A_t stacked and the columns of B_t scaled by w_t s_t (in float32).
@@ -301,8 +302,8 @@ class SaptModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """As in PEFT; with False, new blocks get the dtype of their layer, loaded ones keep that of the file. The
-        router stays in float32, which its softmax needs and which costs next to nothing."""
+        """As in PEFT; with False, new blocks get the dtype of their layer, loaded ones keep that of the file, and the
+        router stays in float32, which its softmax needs."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if autocast_adapter_dtype or adapter_name in self.hooks.memory.loaded:
             return
@@ -338,9 +339,8 @@ class SaptModel(BaseTuner):
 
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """``generate`` of the base model; the weights are computed once, on the whole prompt, and held to the end. A
-        non-empty ``past_key_values`` keeps the weights it was made with, so that the turns of a chat stay with one
-        mixture. Takes ``sapt_task``, ``sapt_weights`` and ``sapt_prompt_mask`` like ``forward``."""
+        """``generate`` of the base model, with the arguments of ``forward``: weights are computed once, on the whole
+        prompt, and held to the end. A non-empty ``past_key_values`` keeps those it was made with (a chat)."""
         given = {name: kwargs.pop(name) for name in SAPT_ARGUMENTS if name in kwargs}
         adapter = self._routing_adapter()
         if adapter is None:
@@ -394,7 +394,7 @@ class SaptModel(BaseTuner):
         return model
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
-        self._unload_and_optionally_merge(merge=True)
+        raise SaptError(NO_MERGE)
 
     def unmerge_adapter(self, *args: Any, **kwargs: Any) -> None:
         raise SaptError("There is nothing to unmerge: a pool is never merged into its base model.")

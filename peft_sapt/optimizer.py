@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .routing import ROUTERS
+
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
@@ -13,21 +15,24 @@ if TYPE_CHECKING:
 def optimizer_groups(
     model: torch.nn.Module, lr: float, attention_lr: float | None = None, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
-    """Parameter groups named blocks, attention and keys, of the parameters that train now.
+    """Parameter groups of what trains now: blocks, the router's attention, and its keys, which are not decayed.
 
     Args:
         lr: learning rate of the blocks and of everything outside the attention.
         attention_lr: learning rate of query projection and key; ``lr`` by default.
-        weight_decay: of blocks and projection; keys and LayerNorm get none, since decay would shorten keys and so
-            shift attention for no reason in the data.
+        weight_decay: of blocks and projection; keys and the query's LayerNorm get none, since decay would shorten
+            keys and so shift attention for no reason in the data.
     """
     found: dict[str, list[torch.nn.Parameter]] = {"blocks": [], "attention": [], "keys": []}
+    routing = {name for router in ROUTERS.values() for name in router.adapter_layer_names}
+    undecayed = {name for router in ROUTERS.values() for name in router.no_decay}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if ".sapt_key." in name or ".sapt_query_norm." in name:
+        containers = set(name.split("."))
+        if containers & undecayed:
             found["keys"].append(parameter)
-        elif ".sapt_query_" in name:
+        elif containers & routing:
             found["attention"].append(parameter)
         else:
             found["blocks"].append(parameter)

@@ -164,6 +164,11 @@ class FreePoolModule(nn.Module, PoolModule):
         return next(self.parameters(), torch.empty(0))
 
     @property
+    def device(self) -> torch.device:
+        """Where the parts are."""
+        return self.weight.device
+
+    @property
     def bias(self) -> None:  # type: ignore[override]  # no layer, so no bias
         return None
 

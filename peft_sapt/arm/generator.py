@@ -16,7 +16,7 @@ import torch
 
 from ..config import SaptConfig
 from ..errors import ReflectionError
-from ..routing.prompts import is_encoder_decoder
+from ..routing.prompt_mask import is_encoder_decoder
 from .pseudo import Selection
 
 ADAPTER = "sapt_generator"
@@ -62,18 +62,18 @@ class GeneratorSettings:
 @contextmanager
 def generator_adapter(model: Any, settings: GeneratorSettings) -> Iterator[None]:
     """Put a fresh generator LoRA on ``model`` (a PeftModel) in place of the pool, and take it away at the end."""
-    pool_name, training = model.base_model.pool.name, model.training
-    pool = model.peft_config[pool_name]
+    pool, training = model.base_model.pool, model.training
+    own = pool.config
     config = SaptConfig(
-        task_type=pool.task_type,
+        task_type=own.task_type,
         task_name=TASK,
         r=settings.r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
-        target_modules=None if pool.block == "prompt" else pool.target_modules,
-        exclude_modules=pool.exclude_modules,
-        layers_to_transform=pool.layers_to_transform,
-        layers_pattern=pool.layers_pattern,
+        target_modules=None if own.block == "prompt" else own.target_modules,
+        exclude_modules=own.exclude_modules,
+        layers_to_transform=own.layers_to_transform,
+        layers_pattern=own.layers_pattern,
         query_dim=1,
     )
     model.add_adapter(ADAPTER, config)
@@ -81,7 +81,7 @@ def generator_adapter(model: Any, settings: GeneratorSettings) -> Iterator[None]
         model.set_adapter(ADAPTER)
         yield
     finally:
-        model.set_adapter(pool_name, inference_mode=bool(pool.inference_mode))
+        model.set_adapter(pool.adapter, inference_mode=bool(own.inference_mode))
         model.delete_adapter(ADAPTER)
         model.train(training)
 

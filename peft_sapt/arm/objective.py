@@ -51,10 +51,10 @@ def attention_loss(
         current: pooled prompts of the task under training, [n, d].
         own_target: attention that the current task is to keep, [T]; its KL then takes the place of the shortfall.
     """
-    replay = pool.memory.replay(pool.name)[:-1]
-    targets = pool.memory.targets(pool.name)[:-1]  # [T - 1, T]
-    pooled = torch.cat([*replay, current.to(pool.memory.weight)])
-    *old, new = pool.router.log_weights(pool.name, pooled).split([*(len(r) for r in replay), len(current)])
+    replay = pool.memory.replay(pool.adapter)[:-1]
+    targets = pool.memory.targets(pool.adapter)[:-1]  # [T - 1, T]
+    pooled = torch.cat([*replay, current.to(targets)])
+    *old, new = pool.router.log_weights(pool.adapter, pooled).split([*(len(r) for r in replay), len(current)])
     terms = [replay_divergence(lw, target) for lw, target in zip(old, targets, strict=True) if len(lw)]
     divergence = torch.stack(terms).mean() if terms else new.new_zeros(())
     own = floor_shortfall(new, new_task_floor) if own_target is None else replay_divergence(new, own_target)
@@ -86,7 +86,7 @@ def align_attention(
         kl_weight, floor_weight, new_task_floor, own_target: as in [`attention_loss`].
     """
     containers = (getattr(pool.router, name) for name in pool.router.adapter_layer_names)
-    parameters = [p for container in containers for p in container[pool.name].parameters()]
+    parameters = [p for container in containers for p in container[pool.adapter].parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     order = torch.Generator().manual_seed(seed)
     loss = torch.zeros(())

@@ -25,6 +25,12 @@ from .processes import broadcast_from_rank0
 from .pseudo import MIN_PSEUDO_SAMPLES, wanted_count
 from .replay import PseudoSamples, draw_pseudo_samples, redraw_pseudo_samples
 
+UNCOMMITTED = (
+    "The task is trained but not committed: call arm.reflect(model) after changing arm.generator (epochs, "
+    "temperature), arm.allow_copies or arm.replay = 'rows'."
+)
+UNCHANGED = "Nothing was changed: change arm.generator (temperature, max_draws) or arm.allow_copies, or ask for fewer."
+
 
 class Reflection:
     """Prompts of the current task, the attention loss, and what commits a task; see [`ArmCallback`]."""
@@ -150,7 +156,8 @@ class Reflection:
                 seed,
                 None if self.generator_folder is None else self.generator_folder / name,
             )
-            replay = self.taken(pool, name, drawn)
+            self.note_drawn(name, drawn)
+            replay = drawn.pooled(pool, UNCOMMITTED)
         broadcast_from_rank0([replay])
         lifecycle.commit_task(pool, self.pooled, replay)
         self.pooled, self.prompts = None, []
@@ -176,7 +183,7 @@ class Reflection:
             raise TaskError(f"Task {name!r} is not committed yet: reflect() draws its rows.")
         if self.generator_folder is None:
             raise ReflectionError("redraw() needs ArmCallback(generator_folder=...), where the generators are.")
-        rows = pool.memory.replay(pool.name)
+        rows = pool.memory.replay(pool.adapter)
         wanted = max(len(rows[index]), self.min_pseudo_samples) if count is None else count
         drawn = redraw_pseudo_samples(
             model,
@@ -188,9 +195,10 @@ class Reflection:
             self.allow_copies,
             seed,
         )
-        rows[index] = self.taken(pool, name, drawn).to(pool.memory.weight)
+        rows[index] = drawn.pooled(pool, UNCHANGED).to(rows[index])
+        self.note_drawn(name, drawn)
         broadcast_from_rank0([rows[index]])
-        pool.memory.set_replay(pool.name, rows)
+        pool.memory.set_replay(pool.adapter, rows)
 
     def save_replay(self, folder: str | os.PathLike) -> None:
         """Write the pseudo-samples of each task to ``folder/replay/<task>.jsonl``, one {"text": ...} per line."""
@@ -203,12 +211,10 @@ class Reflection:
 
     # --- parts --------------------------------------------------------------------------------------------------
 
-    def taken(self, pool: Pool, name: str, drawn: PseudoSamples) -> Tensor:
-        """Note what was drawn for task ``name``; its pooled rows, [n, d]."""
+    def note_drawn(self, name: str, drawn: PseudoSamples) -> None:
+        """Keep counts and texts of what was drawn for task ``name``."""
         self.reports[name] = drawn.report.to_dict()
-        replay = drawn.pooled(pool)
         self.pseudo_samples[name] = drawn.texts
-        return replay
 
     def open_task(self, pool: Pool, model: Any, seed: int, resumed: bool = False) -> None:
         """See that the current task has a weight of its own before its first step, and its block where it is to start.
@@ -221,7 +227,7 @@ class Reflection:
             self.shares[pool.current_task] = warm_start.warm_start(pool, self.pooled)
             broadcast_from_rank0(p for p in model.parameters() if p.requires_grad)
         if not pool.router.needs_replay:
-            if not pool.router.is_fitted(pool.name):
+            if not pool.router.is_fitted(pool.adapter):
                 lifecycle.fit_router(pool, self.pooled)
         elif len(pool.tasks) > 1 and not resumed and self.align_steps:
             with isolated_rng(seed, model):
@@ -255,7 +261,7 @@ class Reflection:
                 f"The current task {pool.current_task!r} is committed: call model.add_task(name) before training new "
                 "data, or model.reopen_task() to train this one further."
             )
-        counts = [len(rows) for rows in pool.memory.replay(pool.name)]
+        counts = [len(rows) for rows in pool.memory.replay(pool.adapter)]
         bare = [name for name, count in zip(pool.tasks[:-1], counts, strict=False) if not count]
         if bare and pool.router.needs_replay:
             raise ReflectionError(

@@ -28,22 +28,20 @@ class PseudoSamples:
     report: PseudoReport
     name: str
 
-    def pooled(self, pool: Pool) -> Tensor:
+    def pooled(self, pool: Pool, cure: str) -> Tensor:
         """Pooled prompts of the rows, [n, d].
 
         Raises:
-            ReflectionError: there are fewer rows than wanted.
+            ReflectionError: there are fewer rows than wanted; it ends with ``cure``.
         """
         report = self.report
         if report.kept < report.wanted:
             raise ReflectionError(
                 f"The generator of task {self.name!r} gave {report.kept} usable pseudo-samples of {report.wanted} "
                 f"wanted, out of {report.drawn} drawn ({report.unfinished} without end, {report.empty} empty, "
-                f"{report.duplicates} repeated, {report.copies} copies of training rows). The task is trained but not "
-                "committed: call arm.reflect(model) after changing arm.generator (epochs, temperature), "
-                "arm.allow_copies or arm.replay = 'rows'."
+                f"{report.duplicates} repeated, {report.copies} copies of training rows). {cure}"
             )
-        device = pool.memory.weight.device
+        device = pool.memory.device
         return pool.pooled_prompts({"input_ids": torch.tensor([r + self.closing], device=device)} for r in self.rows)
 
 

@@ -55,7 +55,7 @@ LABELS = {
     "sapt-prompt": 'SAPT-Prompt, `router="ridge"`',
     "sapt-prompt-learned": "SAPT-Prompt",
 }
-PROMPTS = {"l2p", "lfpt5", "prog-prompt", "prog-prompt-known", *(name for name in LABELS if "prompt" in name)}
+PROMPTS = {"l2p", "lfpt5", *(name for name in LABELS if "prompt" in name)}
 
 
 def alone_of(method: str) -> str:

@@ -184,13 +184,13 @@ def pseudo_reports(bench: Bench, model: PeftModel, arm: ArmCallback) -> Found:
     of kept pseudo-samples whose own block leads."""
     pool = pool_of(model)
     reports: Found = {}
-    for i, (name, rows) in enumerate(zip(pool.tasks, pool.memory.replay(pool.name), strict=True)):
+    for i, (name, rows) in enumerate(zip(pool.tasks, pool.memory.replay(pool.adapter), strict=True)):
         reports[name] = dict(arm.reports.get(name, {}))
         if name in arm.pseudo_samples:
             known = set(bench.tokenizer.batch_decode(bench.prompts(bench.stream[name]["train"])))
             reports[name]["kept_copies"] = sum(text in known for text in arm.pseudo_samples[name])
         if len(rows):
-            leads = pool.router.attend(pool.name, rows).argmax(dim=1) == i
+            leads = pool.router.attend(pool.adapter, rows).argmax(dim=1) == i
             reports[name]["routed_to_own"] = 100.0 * float(leads.float().mean())
     return reports
 

@@ -78,7 +78,7 @@ def load_official_checkpoint(
             layers[name].put_parts("sapt_B", "default", [task.b[key].T for task in tasks])
         pool.memory.targets("default").copy_(targets)
         rows = [pool.pooled_prompts((replay or {}).get(task.name, [])) for task in tasks]
-        pool.memory.set_replay("default", [r.to(pool.memory.weight) for r in rows])
+        pool.memory.set_replay("default", [r.to(targets.device) for r in rows])
     freeze_committed(pool.base)
     pool.refresh_trainable()
     return model

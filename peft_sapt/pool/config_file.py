@@ -79,7 +79,7 @@ def load_config(
 def reconciled(config: C, manifest: dict[str, Any], folder: Path) -> C:
     """``config`` if it was saved together with the weights that ``manifest`` describes, else theirs."""
     saved = manifest.get("config")
-    if not isinstance(saved, dict) or manifest.get("generation") == config.generation:
+    if not isinstance(saved, dict) or manifest.get("save_id") == config.save_id:
         return config
     warnings.warn(
         f"{folder / CONFIG_NAME} is of another save than {SAFETENSORS_WEIGHTS_NAME} beside it: the weights "
@@ -88,7 +88,7 @@ def reconciled(config: C, manifest: dict[str, Any], folder: Path) -> C:
     )
     kept = {name: getattr(config, name) for name in RUNTIME if hasattr(config, name)}
     try:
-        return type(config)(**{**saved, **kept, "generation": manifest.get("generation")})
+        return type(config)(**{**saved, **kept, "save_id": manifest.get("save_id")})
     except SaptError:
         raise
     except (AttributeError, TypeError, ValueError) as error:
@@ -148,7 +148,7 @@ def manifest_in(folder: Path) -> dict[str, Any] | None:
 
 def pool_values(config: SaptConfig) -> dict[str, Any]:
     """The values that belong to a pool and not to one load of it, as JSON has them."""
-    skipped = (*RUNTIME, "generation")
+    skipped = (*RUNTIME, "save_id")
     return {k: v for k, v in json.loads(config_text(config.to_dict())).items() if k not in skipped}
 
 
@@ -170,7 +170,7 @@ def save_config(
             "safe_serialization=False."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    values = {**config.to_dict(), "generation": generation_of(config, weights)}
+    values = {**config.to_dict(), "save_id": save_id_of(config, weights)}
     if auto_mapping is not None:
         values["auto_mapping"] = auto_mapping
     base = values.get("base_model_name_or_path")
@@ -184,7 +184,7 @@ def save_config(
         clean_card(folder.parent / "README.md", values)  # PEFT's, above the folder of a named adapter
 
 
-def generation_of(config: SaptConfig, weights: Path) -> str | None:
+def save_id_of(config: SaptConfig, weights: Path) -> str | None:
     """Which save the weights file is of, if it describes this very pool; None if it describes another one.
 
     Without any weights it is what the config says itself.
@@ -194,5 +194,5 @@ def generation_of(config: SaptConfig, weights: Path) -> str | None:
     except SaptError:  # damaged, of an older save: a load will say so
         return None
     if manifest is None:
-        return config.generation
-    return manifest.get("generation") if manifest.get("config") == pool_values(config) else None
+        return config.save_id
+    return manifest.get("save_id") if manifest.get("config") == pool_values(config) else None

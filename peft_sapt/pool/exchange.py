@@ -75,14 +75,14 @@ def import_task(pool: Pool, name: str, folder: str | os.PathLike) -> None:
             )
     config = pool.config
     alpha = lora.scaling * (lora.r**0.5 if config.use_rslora else lora.r)
-    open_task(pool, name, r=lora.r, lora_alpha=alpha)
+    make_current(pool, name, r=lora.r, lora_alpha=alpha)
     for key, layer in layers.items():
         block = layer.new_block(lora.r)
         if key in lora.factors:
             a, b = lora.factors[key]
             block = {"sapt_A": a, "sapt_B": b.T}
         for attr, value in block.items():
-            replace_newest(layer, attr, pool.name, value)
+            replace_newest(layer, attr, pool.adapter, value)
     config.task_ranks = [*config.task_ranks[:-1], lora.r]
     config.task_alphas = [*config.task_alphas[:-1], alpha]
     after_import(pool)
@@ -96,12 +96,12 @@ def import_prompt(pool: Pool, name: str, folder: str | os.PathLike) -> None:
     config, prompts = pool.config, pool.hooks.prompts
     assert prompts is not None
     prompt = read_prompt(folder, config.num_virtual_tokens, config.token_dim or 0)
-    open_task(pool, name)
-    replace_newest(prompts, "sapt_prompt", pool.name, prompt)
+    make_current(pool, name)
+    replace_newest(prompts, "sapt_prompt", pool.adapter, prompt)
     after_import(pool)
 
 
-def open_task(pool: Pool, name: str, **block: Any) -> None:
+def make_current(pool: Pool, name: str, **block: Any) -> None:
     """Make ``name`` the current task, if it is not."""
     if name == pool.current_task and not pool.is_committed:
         pool.refuse_sharded("import_task")
@@ -121,7 +121,7 @@ def replace_newest(module: PoolModule, attr: str, adapter: str, value: Tensor) -
 
 def after_import(pool: Pool) -> None:
     pool.config.inference_mode = False
-    pool.memory.forget(pool.name)
+    pool.memory.forget(pool.adapter)
     pool.refresh_trainable()
 
 
@@ -151,7 +151,7 @@ def prompts_of(pool: Pool) -> list[Tensor]:
     """Soft prompts [P, d] of the tasks, oldest first."""
     prompts = pool.hooks.prompts
     assert prompts is not None
-    return prompts.parts("sapt_prompt", pool.name, pool.sizes_of(prompts))
+    return prompts.parts("sapt_prompt", pool.adapter, pool.sizes_of(prompts))
 
 
 def write_soft_prompt(pool: Pool, folder: str | os.PathLike, prompt: Tensor) -> None:
@@ -163,7 +163,7 @@ def factors_of(pool: Pool) -> dict[str, list[tuple[Tensor, Tensor]]]:
     found = {}
     for key, layer in pool.layers().items():
         sizes = pool.sizes_of(layer)
-        a, b = (layer.parts(attr, pool.name, sizes) for attr in ("sapt_A", "sapt_B"))
+        a, b = (layer.parts(attr, pool.adapter, sizes) for attr in ("sapt_A", "sapt_B"))
         found[key] = [(a_t, b_t.T) for a_t, b_t in zip(a, b, strict=True)]
     return found
 
@@ -190,7 +190,7 @@ def lora_config(pool: Pool, r: int, alpha: float, use_rslora: bool = False) -> L
 def wrapped_modules(pool: Pool) -> list[tuple[str, Any]]:
     """Heads and other modules that are saved in full with the pool, by name."""
     wrappers = ((k, m) for k, m in pool.base.named_modules() if isinstance(m, AuxiliaryTrainingWrapper))
-    return [(k, m) for k, m in wrappers if pool.name in m._adapters]
+    return [(k, m) for k, m in wrappers if pool.adapter in m._adapters]
 
 
 def saved_modules(pool: Pool) -> dict[str, Tensor]:
@@ -198,7 +198,7 @@ def saved_modules(pool: Pool) -> dict[str, Tensor]:
     return {
         f"base_model.model.{name}.{key}": tensor
         for name, wrapper in wrapped_modules(pool)
-        for key, tensor in wrapper.adapter_state_dict(pool.name, wrapper.state_dict()).items()
+        for key, tensor in wrapper.adapter_state_dict(pool.adapter, wrapper.state_dict()).items()
     }
 
 

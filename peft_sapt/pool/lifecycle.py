@@ -39,9 +39,9 @@ def add_task(pool: Pool, name: str, r: int | None = None, lora_alpha: float | No
     if not pool.is_committed:
         commit_task(pool)
     for module in pool.modules():
-        reference = next(p for attr in module.stacks for p in getattr(module, attr)[pool.name].parameters())
-        newest = module.newest_part(pool.name, rank)
-        module.append_task(pool.name, {k: v.to(reference.device, reference.dtype) for k, v in newest.items()})
+        reference = next(p for attr in module.stacks for p in getattr(module, attr)[pool.adapter].parameters())
+        newest = module.newest_part(pool.adapter, rank)
+        module.append_task(pool.adapter, {k: v.to(reference.device, reference.dtype) for k, v in newest.items()})
     set_tasks(pool, grown, [*range(len(config.tasks)), -1])
     config.inference_mode = False
     pool.refresh_trainable()
@@ -52,8 +52,8 @@ def remove_task(pool: Pool, name: str) -> None:
     config, index = pool.config, pool.index_of(name)
     if len(config.tasks) == 1:
         raise TaskError(
-            f"{name!r} is the only task of the pool, and a pool cannot be empty: use delete_adapter({pool.name!r}), "
-            "or add another task first."
+            f"{name!r} is the only task of the pool, and a pool cannot be empty: add another task first, or use "
+            f"delete_adapter({pool.adapter!r})."
         )
     pool.refuse_sharded("remove_task")
     kept = [i for i in range(len(config.tasks)) if i != index]
@@ -64,16 +64,16 @@ def remove_task(pool: Pool, name: str) -> None:
         replay_rows=[config.replay_rows[i] for i in kept],
     )
     for module in pool.modules():
-        module.drop_part(pool.name, index, pool.sizes_of(module))
+        module.drop_part(pool.adapter, index, pool.sizes_of(module))
     set_tasks(pool, smaller, kept)
     pool.refresh_trainable()
 
 
 def set_tasks(pool: Pool, other: SaptConfig, kept: list[int]) -> None:
     """Let the pool describe the tasks of ``other``, and what is in no stack follow; ``kept`` as in Router.resize."""
-    pool.memory.resize(pool.name, kept)
+    pool.memory.resize(pool.adapter, kept)
     pool.config.set_tasks(other)
-    pool.router.resize(pool.name, kept)
+    pool.router.resize(pool.adapter, kept)
     freeze_committed(pool.base)
 
 
@@ -84,33 +84,31 @@ def fit_router(pool: Pool, inputs: Batches) -> None:
     if not len(pooled):
         raise PromptError("fit_router needs training prompts of the current task, and got none.")
     pool.refuse_bad_rows("fit_router(inputs=...)", pooled)
-    pool.router.fit(pool.name, pooled)
-    pool.memory.remember(pool.name, pooled)
+    pool.router.fit(pool.adapter, pooled)
+    pool.memory.remember(pool.adapter, pooled)
 
 
 def commit_task(pool: Pool, inputs: Batches | None = None, replay: Batches | None = None) -> None:
     """See [`SaptModel.commit_task`]."""
-    name, memory, router = pool.name, pool.memory, pool.router
+    adapter, memory, router = pool.adapter, pool.memory, pool.router
     pool.refuse_sharded("commit_task")
     if pool.is_committed:
         raise TaskError(
             f"Task {pool.current_task!r} is committed already: add_task(...) for new data, or reopen_task() to "
             "train it further."
         )
-    pooled = pool.pooled_prompts(memory.seen(name) if inputs is None else inputs)
+    pooled = pool.pooled_prompts(memory.seen(adapter) if inputs is None else inputs)
     rows = pool.pooled_prompts([] if replay is None else replay)
     refuse_unseen(pool, pooled, given=inputs is not None)
     for what, found in (("inputs", pooled), ("replay", rows)):
         pool.refuse_bad_rows(f"commit_task({what}=...)", found)
     pool.refuse_bad_weights()
     if len(pooled):
-        router.on_commit(name, pooled)
+        router.on_commit(adapter, pooled)
         target = pool.mean_weights(pooled)  # [T]
     else:
-        target = torch.eye(len(pool.tasks))[-1].to(memory.weight)
-    memory.set_replay(name, [*memory.replay(name)[:-1], rows.to(memory.weight)])
-    memory.targets(name)[-1] = target
-    memory.forget(name)
+        target = torch.eye(len(pool.tasks))[-1]
+    memory.commit(adapter, target, rows)
     freeze_committed(pool.base)
 
 
@@ -125,7 +123,7 @@ def refuse_unseen(pool: Pool, pooled: Tensor, given: bool) -> None:
     if given:
         raise TaskError(f"commit_task(inputs=...) got no row of task {task!r}: give its training prompts.")
     why = "none was trained on in this model since the task was opened"
-    if pool.name in pool.memory.loaded:
+    if pool.adapter in pool.memory.loaded:
         why = "the pool was loaded, and its file does not keep the rows that training saw before"
     raise TaskError(
         f"Task {task!r} cannot be committed, since no training prompt of it is known: {why}. (Forwards in eval mode "
@@ -136,10 +134,8 @@ def refuse_unseen(pool: Pool, pooled: Tensor, given: bool) -> None:
 
 def reopen_task(pool: Pool) -> None:
     """See [`SaptModel.reopen_task`]."""
-    name, memory = pool.name, pool.memory
     pool.refuse_sharded("reopen_task")
-    memory.targets(name)[-1] = 0.0
-    memory.set_replay(name, [*memory.replay(name)[:-1], memory.replay(name)[-1][:0]])
+    pool.memory.reopen(pool.adapter)
     pool.config.inference_mode = False
     freeze_committed(pool.base)
     pool.refresh_trainable()

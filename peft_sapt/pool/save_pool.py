@@ -106,7 +106,7 @@ def stage(model: Any, folder: Path, staging: Path, arm: Any, gone: set[str]) -> 
         if text.stem not in gone and is_own_file(text):
             (staging / REPLAY).mkdir(exist_ok=True)
             shutil.copyfile(text, staging / REPLAY / text.name)
-    adapter = model.base_model.pool.name
+    adapter = model.base_model.pool.adapter
     model.save_pretrained(staging, selected_adapters=[adapter])
     if adapter != "default":  # PEFT puts others into a folder of their name
         for path in (staging / adapter).iterdir():

@@ -11,8 +11,17 @@ from torch import Tensor, nn
 
 from ..config import SaptConfig
 from ..errors import OtherBaseError, PoolFormatError
+from ..routing.memory import committed_in
 from ..storage.fingerprint import checked, differing, fingerprint
-from ..storage.manifest import MANIFEST, build_manifest, check_finite, check_loaded, plain_name, read_manifest
+from ..storage.manifest import (
+    MANIFEST,
+    build_manifest,
+    check_finite,
+    check_loaded,
+    is_manifest,
+    plain_name,
+    read_manifest,
+)
 from ..storage.overrides import accepted
 from .config_file import pool_values
 from .stored_attention import stored_attention
@@ -48,9 +57,8 @@ def with_manifest(
     named |= {key: whole_state[here] for key, here in head_keys(model, adapter).items() if here in whole_state}
     targets_key, targets = next((k, v) for k, v in own.items() if ".sapt_targets." in k)
     manifest_key = targets_key.rsplit("sapt_targets", 1)[0] + f"{MANIFEST}.{adapter}"
-    committed = (targets.sum(dim=1) > 0).tolist()
     manifest = build_manifest(
-        {**described(config), "committed": committed},
+        {**described(config), "committed": committed_in(targets)},
         pool_values(config),
         named,
         fingerprint(model),
@@ -67,7 +75,7 @@ def checked_state(
     Raises:
         PoolFormatError: there is no manifest, or it does not fit; its subclasses name what is wrong.
     """
-    manifest = next((key for key in state_dict if key.endswith(MANIFEST)), None)
+    manifest = next(filter(is_manifest, state_dict), None)
     if manifest is None:
         raise PoolFormatError(
             "The weights have no manifest, so they are not a whole pool as save_pretrained or "

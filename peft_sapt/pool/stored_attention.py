@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..config import SaptConfig
 from ..routing import ROUTERS
+from ..routing.memory import MEMORY
 from ..routing.router import state_key
 
 MAX_TASKS = 50  # beyond which nobody reads the matrix, and its T^2 numbers would outgrow what they describe
@@ -28,7 +29,7 @@ def stored_attention(config: SaptConfig, tensors: Mapping[str, Tensor]) -> list[
         None where the pool has more than ``MAX_TASKS`` tasks, or its tensors are not here.
     """
     router = ROUTERS[config.router]
-    state, memory = state_in(tensors, router.module_name), state_in(tensors, "task_memory")
+    state, memory = state_in(tensors, router.module_name), state_in(tensors, MEMORY)
     if len(config.tasks) > MAX_TASKS or not state or any(t.device.type == "meta" for t in state.values()):
         return None
     replay = memory.get("sapt_replay")

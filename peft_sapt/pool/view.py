@@ -30,7 +30,7 @@ class Pool:
     """
 
     base: nn.Module
-    name: str
+    adapter: str
     config: SaptConfig
     router: Router
     memory: TaskMemory
@@ -51,12 +51,12 @@ class Pool:
     @property
     def committed_tasks(self) -> list[str]:
         """Names of the tasks that have been committed."""
-        return [name for name, done in zip(self.tasks, self.memory.committed(self.name), strict=True) if done]
+        return [name for name, done in zip(self.tasks, self.memory.committed(self.adapter), strict=True) if done]
 
     @property
     def is_committed(self) -> bool:
         """Whether the newest task is."""
-        return self.memory.committed(self.name)[-1]
+        return self.memory.committed(self.adapter)[-1]
 
     def index_of(self, name: str) -> int:
         """Place of a task in ``tasks``; raises [`TaskError`] if there is none of this name."""
@@ -68,12 +68,12 @@ class Pool:
 
     def modules(self) -> list[PoolModule]:
         """Every module that holds a part for each task: target layers and soft prompts, then the router."""
-        found = [m for m in self.base.modules() if isinstance(m, PoolModule) and m.stacks and m.holds(self.name)]
+        found = [m for m in self.base.modules() if isinstance(m, PoolModule) and m.stacks and m.holds(self.adapter)]
         return sorted(found, key=lambda m: m is self.router)
 
     def layers(self) -> dict[str, SaptLayer]:
         """Target layers by the names that their base layers had in the base model."""
-        return {k: m for k, m in self.base.named_modules() if isinstance(m, SaptLayer) and m.holds(self.name)}
+        return {k: m for k, m in self.base.named_modules() if isinstance(m, SaptLayer) and m.holds(self.adapter)}
 
     def sizes_of(self, module: PoolModule) -> list[int]:
         """Rows of each task's part in the stacks of ``module``, oldest first."""
@@ -84,7 +84,7 @@ class Pool:
         index, own = self.index_of(name), self.modules()
         names = {module: key for key, module in self.base.named_modules() if isinstance(module, PoolModule)}
         return {
-            f"{names[module]}.{attr}": module.parts(attr, self.name, self.sizes_of(module))[index]
+            f"{names[module]}.{attr}": module.parts(attr, self.adapter, self.sizes_of(module))[index]
             for module in own
             for attr in module.stacks
         }
@@ -93,13 +93,13 @@ class Pool:
         """Let PEFT switch gradients on and off as it would after set_adapter; frozen parts stay frozen."""
         for module in self.base.modules():
             if isinstance(module, BaseTunerLayer):
-                module.set_adapter([self.name], inference_mode=bool(self.config.inference_mode))
+                module.set_adapter([self.adapter], inference_mode=bool(self.config.inference_mode))
 
     # --- prompts --------------------------------------------------------------------------------------------------
 
     def read(self, batches: Batches) -> tuple[Tensor, list[list[int]]]:
         """Pooled prompts [N, d] and their token ids, see [`read_batches`]."""
-        return read_batches(self.base, self.config, self.router.pooling, batches, self.memory.weight.device)
+        return read_batches(self.base, self.config, self.router.pooling, batches, self.memory.device)
 
     def pooled_prompts(self, batches: Batches) -> Tensor:
         """Pooled prompts of all rows in ``batches``, [N, d] in float32; pooled tensors pass through."""
@@ -107,8 +107,8 @@ class Pool:
 
     @torch.no_grad()
     def mean_weights(self, pooled: Tensor) -> Tensor:
-        """Mean attention [T] on pooled prompts [n, d]."""
-        return self.router.attend(self.name, pooled).mean(dim=0)
+        """Mean of the router's weights [T] on pooled prompts [n, d], of which none is left to the base model."""
+        return self.router.log_weights(self.adapter, pooled).exp().mean(dim=0)
 
     # --- refusals -------------------------------------------------------------------------------------------------
 
@@ -130,13 +130,11 @@ class Pool:
             )
 
     def refuse_bad_weights(self) -> None:
-        """Raises [`TrainingError`] if the current task's block, key or head holds NaN or infinity."""
-        heads = {
-            key: p
-            for key, p in self.base.named_parameters()
-            if p.requires_grad and f".modules_to_save.{self.name}." in key
+        """Raises [`TrainingError`] if something that trains for the current task holds NaN or infinity."""
+        trained = {
+            key: p for key, p in self.base.named_parameters() if p.requires_grad and f".{self.adapter}." in f"{key}."
         }
-        for key, tensor in {**self.task_state(self.current_task), **heads}.items():
+        for key, tensor in {**self.task_state(self.current_task), **trained}.items():
             if not bool(tensor.isfinite().all()):
                 raise TrainingError(
                     f"{key!r} of task {self.current_task!r} is not finite, so it is not committed: go back to an "

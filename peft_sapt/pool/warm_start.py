@@ -10,9 +10,9 @@ from .view import Batches, Pool
 
 def has_started(pool: Pool) -> bool:
     """Whether the current task's block can be seen to have trained, or its router to know it."""
-    if pool.router.is_fitted(pool.name) or pool.memory.seen(pool.name):
+    if pool.router.is_fitted(pool.adapter) or pool.memory.seen(pool.adapter):
         return True
-    return any(module.has_trained(pool.name) for module in pool.modules())
+    return any(module.has_trained(pool.adapter) for module in pool.modules())
 
 
 @torch.no_grad()
@@ -24,7 +24,7 @@ def warm_start(pool: Pool, inputs: Batches) -> dict[str, float]:
         raise TaskError(f"{task!r} is the pool's first task: there is no older block to start from.")
     if pool.is_committed:
         raise TaskError(f"Task {task!r} is committed: only a fresh block can be started again.")
-    if pool.router.is_fitted(pool.name):
+    if pool.router.is_fitted(pool.adapter):
         raise TaskError(f"The router knows task {task!r} already: call warm_start before fit_router.")
     if has_started(pool):
         raise TaskError(
@@ -35,7 +35,7 @@ def warm_start(pool: Pool, inputs: Batches) -> dict[str, float]:
     if not len(pooled):
         raise PromptError("warm_start needs training prompts of the current task, and got none.")
     pool.refuse_bad_rows("warm_start(inputs=...)", pooled)
-    shares = pool.router.log_weights(pool.name, pooled)[:, :-1].softmax(dim=-1).mean(dim=0)  # [T - 1]
+    shares = pool.router.log_weights(pool.adapter, pooled)[:, :-1].softmax(dim=-1).mean(dim=0)  # [T - 1]
     for module in pool.modules():
-        module.init_from_mixture(pool.name, shares)
+        module.init_from_mixture(pool.adapter, shares)
     return dict(zip(pool.tasks, shares.tolist(), strict=False))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..config import SaptConfig
 from ..errors import SaptError
 from ..pool_module import Linears, linear_from
-from .router import MAX, Router, stacked
+from .router import MAX, Router, stacked, token_dim_of
 
 LAYER_NORM_EPS = 1e-5
 
@@ -52,6 +52,7 @@ class AttentionRouter(Router):
 
     adapter_layer_names = ("sapt_query_down", "sapt_query_up", "sapt_query_norm", "sapt_key")
     other_param_names = ("sapt_old_keys",)
+    no_decay = ("sapt_key", "sapt_query_norm")  # decay would shorten keys, and so shift attention
     stacks = {"sapt_key": "sapt_old_keys"}
     sapt_query_down: Linears
     sapt_query_up: Linears
@@ -102,9 +103,3 @@ def query_in(state: Mapping[str, Tensor], config: SaptConfig, pooled: Tensor) ->
     down, up, norm = (state[name] for name in ("sapt_query_down", "sapt_query_up", "sapt_query_norm"))
     bias, between = state["sapt_query_norm.bias"], config.query_activation == "between"
     return query_of(pooled.to(down.dtype), down, up, norm, bias, between)
-
-
-def token_dim_of(config: SaptConfig) -> int:
-    if config.token_dim is None:
-        raise ValueError("SaptConfig.token_dim must be set before a router is built.")
-    return config.token_dim

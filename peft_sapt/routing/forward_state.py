@@ -1,4 +1,4 @@
-"""What lasts for one forward, and what lasts for one generation; neither is kept on a module or saved."""
+"""What lasts for one forward, and what lasts for one generation: per thread, and never saved."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class ForwardState(threading.local):
 
     def __init__(self) -> None:
         self.mixture: Mixture | None = None
-        self.weights: Tensor | None = None  # [B, T]
-        self.rank_scales: Tensor | None = None  # [B, R]
+        self.weights: Tensor | None = None  # [B, T], or [B, S, T] for packed rows
+        self.rank_scales: Tensor | None = None  # [B, R] or [B, S, R]
         self.owner: nn.Module | None = None  # the module whose forward they belong to
         self.cache: Any = None  # that this forward was given to fill
         self.padded_length: int | None = None  # positions that its logits have with virtual tokens, which are cut

@@ -22,7 +22,8 @@ from .checkpointing import route_checkpoints, unroute_checkpoints
 from .forward_state import ForwardState
 from .memory import TaskMemory
 from .mixture import Mixture
-from .prompts import is_encoder_decoder, read_prompts
+from .prompt_mask import is_encoder_decoder
+from .prompts import read_prompts
 from .router import Router
 from .soft_prompts import SoftPrompts, prepend_prompt, strip_prompt
 from .weights import check_weights, one_hot, select
@@ -120,10 +121,10 @@ class RoutingHooks:
     # --- the weights ------------------------------------------------------------------------------------------------
 
     def mixture_for(self, module: nn.Module, adapter: str, inputs: dict[str, Any]) -> Mixture:
-        """Attention weights of one forward of ``module``, float32: [B, T], or [B, S, T] for packed rows."""
+        """The mixture of one forward of ``module``: weights [B, T], or [B, S, T] for packed rows, in float32."""
         config, batch, session = self.config_of(adapter), batch_of(inputs), self.state.session
         if inputs.get("sapt_weights") is not None or inputs.get("sapt_task") is not None:
-            weights = self.given_weights(adapter, inputs, batch, self.memory.weight.device)
+            weights = self.given_weights(adapter, inputs, batch, self.memory.device)
             self.check_trainable(inputs, adapter, module)
             return Mixture(adapter, weights, config)
         if session is not None and session.mixture.adapter == adapter:

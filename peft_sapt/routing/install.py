@@ -12,7 +12,7 @@ from ..config import SaptConfig
 from . import ROUTERS
 from .forward_state import ForwardState
 from .hooks import RoutingHooks
-from .memory import TaskMemory, freeze_committed
+from .memory import MEMORY, TaskMemory, freeze_committed
 from .router import Router
 from .soft_prompts import SoftPrompts
 
@@ -21,7 +21,7 @@ try:  # accelerate is PEFT's own dependency; a private move there must not break
 except ImportError:  # pragma: no cover
     init_empty_weights = None
 
-MEMORY, PROMPTS = "task_memory", "soft_prompts"  # attributes on the base model, beside those of the routers
+PROMPTS = "soft_prompts"  # attribute on the base model
 
 
 def memory_on(model: nn.Module) -> TaskMemory | None:

@@ -11,6 +11,9 @@ from ..pool_module import FreePoolModule, Linears, PoolModule, freeze_heads, lin
 SEEN_ROWS = 512  # rows whose pooled prompts are remembered for commit_task() without inputs
 
 
+MEMORY = "task_memory"  # attribute on the base model
+
+
 class TaskMemory(FreePoolModule):
     """One module on the base model, for the pools of all adapters and routers of every kind.
 
@@ -55,7 +58,24 @@ class TaskMemory(FreePoolModule):
 
     def committed(self, adapter: str) -> list[bool]:
         """For each task, oldest first, whether it has been committed."""
-        return (self.targets(adapter).sum(dim=1) > 0).tolist()
+        return committed_in(self.targets(adapter))
+
+    def commit(self, adapter: str, target: Tensor, replay: Tensor) -> None:
+        """Take in the newest task's attention target [T] and replay rows [n, d]; rows seen are forgotten.
+
+        Raises:
+            ValueError: ``target`` is no distribution, by which a commit could not be told from none.
+        """
+        if not bool(target.isfinite().all()) or not float(target.sum()) > 0:
+            raise ValueError(f"An attention target must be finite and above 0 somewhere, got {target.tolist()}.")
+        self.set_replay(adapter, [*self.replay(adapter)[:-1], replay.to(self.targets(adapter))])
+        self.targets(adapter)[-1] = target.to(self.targets(adapter))
+        self.forget(adapter)
+
+    def reopen(self, adapter: str) -> None:
+        """Undo the newest task's commit: its target and replay rows go."""
+        self.targets(adapter)[-1] = 0.0
+        self.set_replay(adapter, [*self.replay(adapter)[:-1], self.replay(adapter)[-1][:0]])
 
     def head_is_frozen(self, adapter: str) -> bool:
         """Whether the pool's head (modules_to_save) must not train: its task is committed, or several share it."""
@@ -103,7 +123,7 @@ class TaskMemory(FreePoolModule):
     # --- rows seen in training --------------------------------------------------------------------------------------
 
     def remember(self, adapter: str, pooled: Tensor) -> None:
-        """Note pooled prompts [b, d] of a training forward, up to ``SEEN_ROWS`` in all."""
+        """Note pooled prompts [b, d] of a training forward or of ``fit_router``, up to ``SEEN_ROWS`` in all."""
         seen = self._seen.setdefault(adapter, [])
         count = sum(len(rows) for rows in seen)
         if count < SEEN_ROWS:
@@ -111,12 +131,17 @@ class TaskMemory(FreePoolModule):
             seen.append(pooled[: SEEN_ROWS - count].detach().clone())
 
     def seen(self, adapter: str) -> list[Tensor]:
-        """Pooled prompts [b, d] of the newest task's training forwards, in their order."""
+        """Pooled prompts [b, d] that were noted of the newest task, in their order."""
         return list(self._seen.get(adapter, []))
 
     def forget(self, adapter: str) -> None:
         """Drop the rows seen: the newest task is another one now, committed, or gone."""
         self._seen.pop(adapter, None)
+
+
+def committed_in(targets: Tensor) -> list[bool]:
+    """Which tasks are committed, by their attention targets [T, T]: those with a row that is not zero."""
+    return (targets.sum(dim=1) > 0).tolist()
 
 
 def freeze_committed(model: nn.Module) -> None:

@@ -73,29 +73,6 @@ def require_prompts(mask: Tensor, labels: Tensor, segments: Tensor) -> None:
         )
 
 
-def before_labels_in_segments(mask: Tensor, labels: Tensor, segments: Tensor) -> Tensor:
-    """``mask`` [B, S] cut before the first supervised label of each segment.
-
-    Raises:
-        PromptError: a segment has supervised labels but less than two prompt tokens before them. Collators of packed
-            rows never supervise a sample's first token, so one such token is no sign of a prompt.
-    """
-    supervised = (labels != IGNORED_LABEL).flatten().long()
-    flat, count = segments.flatten(), int(segments.max()) + 1
-    seen = supervised.cumsum(0)
-    earlier = torch.full((count,), len(seen), device=seen.device).scatter_reduce(0, flat, seen - supervised, "amin")
-    prompt = mask & (seen == earlier[flat]).view_as(mask)
-    tokens = torch.zeros(count, dtype=torch.long, device=seen.device).index_add(0, flat, prompt.flatten().long())
-    labelled = torch.zeros_like(tokens).index_add(0, flat, supervised) > 0
-    if bool((labelled & (tokens < 2)).any()):
-        raise PromptError(
-            "A packed sample is supervised from its start, so it has no prompt to compute attention from. Set the "
-            "labels of prompt tokens to -100 (completion-only loss), or mark the prompt with sapt_prompt_mask=[B, S], "
-            "as PromptMaskCollator does."
-        )
-    return prompt
-
-
 def max_pool_segments(embeddings: Tensor, mask: Tensor, segments: Tensor) -> Tensor:
     """Element-wise max over the prompt positions of each segment: [B, S, d] -> [N, d], float32; NaN where none."""
     count, width = int(segments.max()) + 1, embeddings.shape[-1]

@@ -2,12 +2,56 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import warnings
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from ..config import SaptConfig
 from ..errors import PromptError
 
 IGNORED_LABEL = -100
+
+
+def prompt_mask_of(
+    module: nn.Module,
+    config: SaptConfig,
+    inputs: dict[str, Any],
+    shape: torch.Size,
+    segments: Tensor | None,
+    training: bool,
+) -> Tensor:
+    """Which tokens of a forward of ``module`` are the prompt, where ``sapt_prompt_mask`` does not say: [B, S], bool.
+
+    Raises:
+        PromptError: an attention mask of another rank, or a row whose labels leave no prompt.
+    """
+    ids, mask, labels = inputs.get("input_ids"), inputs.get("attention_mask"), inputs.get("labels")
+    settings = getattr(module, "config", None)
+    if mask is not None and mask.dim() != 2:
+        raise PromptError(
+            f"attention_mask has {mask.dim()} dimensions, so the prompt cannot be read from it: "
+            "pass sapt_prompt_mask=[B, S]."
+        )
+    if mask is not None:
+        mask = mask.bool()
+    elif ids is not None:
+        mask = inferred_mask(ids, getattr(settings, "pad_token_id", None), getattr(settings, "eos_token_id", None))
+    else:
+        mask = torch.ones(shape, dtype=torch.bool, device=inputs["inputs_embeds"].device)
+    if is_encoder_decoder(module) or not labels_follow_prompt(module, config):
+        return mask
+    if labels is not None and labels.shape == mask.shape:
+        return before_labels(mask, labels) if segments is None else before_labels_in_segments(mask, labels, segments)
+    if labels is None and training:
+        warnings.warn(
+            "Training without labels in the model call (label smoothing, compute_loss_func, a loss of your own): the "
+            "whole row counts as prompt, answer included. Mark the prompt with sapt_prompt_mask=[B, S], as "
+            "PromptMaskCollator does.",
+            stacklevel=2,
+        )
+    return mask
 
 
 def inferred_mask(input_ids: Tensor, pad_token_id: int | None, eos_token_id: int | list[int] | None) -> Tensor:
@@ -40,6 +84,29 @@ def before_labels(mask: Tensor, labels: Tensor) -> Tensor:
     return prompt
 
 
+def before_labels_in_segments(mask: Tensor, labels: Tensor, segments: Tensor) -> Tensor:
+    """``mask`` [B, S] cut before the first supervised label of each segment.
+
+    Raises:
+        PromptError: a segment has supervised labels but less than two prompt tokens before them. Collators of packed
+            rows never supervise a sample's first token, so one such token is no sign of a prompt.
+    """
+    supervised = (labels != IGNORED_LABEL).flatten().long()
+    flat, count = segments.flatten(), int(segments.max()) + 1
+    seen = supervised.cumsum(0)
+    earlier = torch.full((count,), len(seen), device=seen.device).scatter_reduce(0, flat, seen - supervised, "amin")
+    prompt = mask & (seen == earlier[flat]).view_as(mask)
+    tokens = torch.zeros(count, dtype=torch.long, device=seen.device).index_add(0, flat, prompt.flatten().long())
+    labelled = torch.zeros_like(tokens).index_add(0, flat, supervised) > 0
+    if bool((labelled & (tokens < 2)).any()):
+        raise PromptError(
+            "A packed sample is supervised from its start, so it has no prompt to compute attention from. Set the "
+            "labels of prompt tokens to -100 (completion-only loss), or mark the prompt with sapt_prompt_mask=[B, S], "
+            "as PromptMaskCollator does."
+        )
+    return prompt
+
+
 def check_rows(mask: Tensor, training: bool) -> None:
     """Refuse an empty batch, and in training a row without any prompt token.
 
@@ -53,3 +120,17 @@ def check_rows(mask: Tensor, training: bool) -> None:
             f"Rows {empty.nonzero().flatten().tolist()} have no prompt token (all padding, or masked out). "
             "Drop them from the training data."
         )
+
+
+def labels_follow_prompt(module: nn.Module, config: SaptConfig) -> bool:
+    """Whether labels continue the prompt, as for a decoder-only language model, or mark tokens of an encoder."""
+    if config.task_type is not None:
+        return config.task_type == "CAUSAL_LM"
+    asked = getattr(module, "can_generate", None)
+    return bool(asked()) if callable(asked) else True
+
+
+def is_encoder_decoder(module: nn.Module) -> bool:
+    return bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False)) and hasattr(
+        module, "get_encoder"
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -12,8 +11,8 @@ from torch import Tensor, nn
 from ..config import SaptConfig
 from ..errors import OtherShapeError, PromptError, SaptError, WeightsError
 from ..pool_module import unshard
-from .packing import before_labels_in_segments, require_prompts, segments_of, without_tail
-from .prompt_mask import before_labels, check_rows, inferred_mask
+from .packing import require_prompts, segments_of, without_tail
+from .prompt_mask import check_rows, is_encoder_decoder, prompt_mask_of
 from .router import Pooling
 
 
@@ -44,7 +43,7 @@ def read_prompts(
         raise PromptError("Packed rows are not supported for encoder-decoder models: switch packing off.")
     mask = inputs.get("sapt_prompt_mask")
     if mask is None:
-        mask = _prompt_mask(module, config, inputs, shape, segments, training)
+        mask = prompt_mask_of(module, config, inputs, shape, segments, training)
     elif tuple(mask.shape) != tuple(shape):
         raise PromptError(f"sapt_prompt_mask has shape {list(mask.shape)}, the input is {list(shape)}.")
     mask, labels = mask.bool(), inputs.get("labels")
@@ -121,49 +120,6 @@ def prompt_tokens(input_ids: Tensor, prompts: Prompts) -> list[list[int]]:
     return [row.tolist() for row in rows if len(row)]
 
 
-def _prompt_mask(
-    module: nn.Module,
-    config: SaptConfig,
-    inputs: dict[str, Any],
-    shape: torch.Size,
-    segments: Tensor | None,
-    training: bool,
-) -> Tensor:
-    ids, mask, labels = inputs.get("input_ids"), inputs.get("attention_mask"), inputs.get("labels")
-    settings = getattr(module, "config", None)
-    if mask is not None and mask.dim() != 2:
-        raise PromptError(
-            f"attention_mask has {mask.dim()} dimensions, so the prompt cannot be read from it: "
-            "pass sapt_prompt_mask=[B, S]."
-        )
-    if mask is not None:
-        mask = mask.bool()
-    elif ids is not None:
-        mask = inferred_mask(ids, getattr(settings, "pad_token_id", None), getattr(settings, "eos_token_id", None))
-    else:
-        mask = torch.ones(shape, dtype=torch.bool, device=inputs["inputs_embeds"].device)
-    if is_encoder_decoder(module) or not labels_follow_prompt(module, config):
-        return mask
-    if labels is not None and labels.shape == mask.shape:
-        return before_labels(mask, labels) if segments is None else before_labels_in_segments(mask, labels, segments)
-    if labels is None and training:
-        warnings.warn(
-            "Training without labels in the model call (label smoothing, compute_loss_func, a loss of your own): the "
-            "whole row counts as prompt, answer included. Mark the prompt with sapt_prompt_mask=[B, S], as "
-            "PromptMaskCollator does.",
-            stacklevel=2,
-        )
-    return mask
-
-
-def labels_follow_prompt(module: nn.Module, config: SaptConfig) -> bool:
-    """Whether labels continue the prompt, as for a decoder-only language model, or mark tokens of an encoder."""
-    if config.task_type is not None:
-        return config.task_type == "CAUSAL_LM"
-    asked = getattr(module, "can_generate", None)
-    return bool(asked()) if callable(asked) else True
-
-
 def with_padding(module: nn.Module, pooled: Tensor, mask: Tensor, inputs: dict[str, Any]) -> Tensor:
     """Let the pad embedding take part in the max of each row that the official code would pad (pool_padding).
 
@@ -181,12 +137,6 @@ def with_padding(module: nn.Module, pooled: Tensor, mask: Tensor, inputs: dict[s
         pad_embedding = table(torch.tensor([pad], device=mask.device)).float()  # [1, d]
     padded = torch.maximum(pooled, pad_embedding)
     return torch.where((lengths < width).unsqueeze(1), padded, pooled)
-
-
-def is_encoder_decoder(module: nn.Module) -> bool:
-    return bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False)) and hasattr(
-        module, "get_encoder"
-    )
 
 
 def embedding_weight(model: nn.Module) -> Tensor | None:

@@ -16,8 +16,7 @@ from ..config import SaptConfig
 from ..errors import SaptError, TaskError
 from ..pool_module import Linears, linear_from
 from . import ridge
-from .attention import token_dim_of
-from .router import MEAN, Router, stacked
+from .router import MEAN, Router, stacked, token_dim_of
 
 UNCALIBRATED = 0.25  # temperature of pools in which no task has been calibrated, about what real prompts need
 

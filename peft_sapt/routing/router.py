@@ -53,17 +53,20 @@ class Router(FreePoolModule):
     """One module per kind of router on a base model; what it holds is keyed by adapter.
 
     (A module per adapter would break how FSDP gathers modules and how PEFT filters keys.) Containers hold one
-    ``nn.Linear`` per adapter and have names that begin with ``sapt_``: what may train in ``adapter_layer_names``, what
-    must not in ``other_param_names``, what belongs to one task in a pair of ``stacks``. From these follow freezing,
-    saving, loading, moving and removing.
+    ``nn.Linear`` or LayerNorm per adapter and have names that begin with ``sapt_``: what may train in
+    ``adapter_layer_names``, what must not in ``other_param_names``, what belongs to one task in a pair of ``stacks``.
+    From these follow freezing, saving, loading, moving and removing.
 
-    A new kind is a subclass in a file beside this one and a line in ``ROUTERS``. Whatever it does: old tasks' parts
-    keep their bytes, and a row's weights depend on that row alone.
+    A new kind is a subclass in a file beside this one and a line in ``ROUTERS``. It writes the names below,
+    ``update_layer``, ``log_weights_of``, and with a pair of stacks ``newest_part``; one that is solved from prompts
+    also ``fit``, ``is_fitted`` and ``on_commit``. Whatever it does: old tasks' parts keep their bytes, and a row's
+    weights depend on that row alone.
     """
 
     kind: ClassVar[str]  # value of SaptConfig.router
     module_name: ClassVar[str]  # attribute on the base model; without "sapt_", which PEFT takes for a layer's part
-    needs_replay: ClassVar[bool]  # whether it learns by gradient, and ARM has to hold the attention of old tasks
+    needs_replay: ClassVar[bool]  # whether it learns by gradient, so that ARM has to hold the attention of old tasks
+    no_decay: ClassVar[tuple[str, ...]] = ()  # trainable containers that an optimizer must not decay
     pooling: ClassVar[Pooling]
     description: ClassVar[str]  # in a model card: "For every prompt ... decides how much of each block answers it"
     keeps: ClassVar[str] = ""  # in a model card: what it keeps of the prompts, a sentence
@@ -155,7 +158,7 @@ class Router(FreePoolModule):
         )
 
     def is_fitted(self, adapter: str) -> bool:
-        """Whether [`fit`] has seen the newest task."""
+        """Whether [`fit`] has seen the newest task; a router that needs neither fit nor replay is always fitted."""
         return False
 
     def resize(self, adapter: str, kept: list[int]) -> None:
@@ -168,6 +171,13 @@ class Router(FreePoolModule):
 def state_key(container: str, parameter: str) -> str:
     """The name of a parameter in a router's state: that of its container, if it is a weight."""
     return container if parameter == "weight" else f"{container}.{parameter}"
+
+
+def token_dim_of(config: SaptConfig) -> int:
+    """Width of pooled prompts, which is known once the pool stands on a base model."""
+    if config.token_dim is None:
+        raise ValueError("SaptConfig.token_dim must be set before a router is built.")
+    return config.token_dim
 
 
 def stacked(state: Mapping[str, Tensor], newest: str, old: str) -> Tensor:

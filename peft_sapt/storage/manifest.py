@@ -39,7 +39,7 @@ CURE = "Load an intact copy."
 FAULTS: tuple[tuple[str, type[PoolFormatError], str], ...] = (
     ("header too small", TruncatedFileError, "has too few bytes for a safetensors file"),
     ("invalid header length", TruncatedFileError, "ends within its header"),
-    ("incomplete metadata", TruncatedFileError, "is longer or shorter than its header says: it was cut short"),
+    ("incomplete metadata", TruncatedFileError, "is longer or shorter than its header says"),
     (
         "header too large",
         HeaderError,
@@ -56,7 +56,7 @@ def opened(path: Path) -> Iterator[Any]:
 
     Raises:
         HeaderError: its header claims to be longer than any pool's, or is none.
-        TruncatedFileError: it ends before its last tensor.
+        TruncatedFileError: its length is not what its header says.
         PoolFormatError: it cannot be read, or safetensors refuses it.
     """
     try:
@@ -118,8 +118,8 @@ def build_manifest(
         "config": dict(config),
         "sha256": {plain_name(name): digest(tensor) for name, tensor in sorted(tensors.items())},
     }
-    generation = hashlib.sha256(json.dumps(core, sort_keys=True).encode()).hexdigest()[:16]
-    return write_manifest({**core, "base": base or {}, "attention": attention, "generation": generation})
+    save_id = hashlib.sha256(json.dumps(core, sort_keys=True).encode()).hexdigest()[:16]
+    return write_manifest({**core, "base": base or {}, "attention": attention, "save_id": save_id})
 
 
 def write_manifest(values: Mapping[str, Any]) -> Tensor:

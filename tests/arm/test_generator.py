@@ -165,8 +165,9 @@ def test_redrawing_refuses_and_changes_nothing(kept, tmp_path) -> None:
     with pytest.raises(LoraFolderError, match="is missing"):
         arm.redraw(model, "a")
     few = ArmCallback(tokenizer(), generator_folder=folder / "generators", generator=GeneratorSettings(max_draws=0))
-    with pytest.raises(ReflectionError, match="0 usable pseudo-samples"):
+    with pytest.raises(ReflectionError, match=r"0 usable pseudo-samples.*Nothing was changed"):
         few.redraw(model, "a")
+    assert not few.reports and not few.pseudo_samples
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert list(model.peft_config) == ["default"]
     model.add_task("c")

@@ -140,7 +140,7 @@ def parsers(folder: Path) -> list[Parser]:
         (folder / "adapter_config.json").write_bytes(as_bytes(values, rng))
         found = SaptConfig.from_pretrained(str(folder))
         if rng.random() < 0.5:
-            reconciled(found, mutated({**manifest, "generation": "other"}, rng), folder)
+            reconciled(found, mutated({**manifest, "save_id": "other"}, rng), folder)
 
     row = {"task": "t", "instruction": "do", "input": "x", "output": ["y"]}
     rows = folder / "rows"
@@ -215,7 +215,7 @@ def parsers(folder: Path) -> list[Parser]:
     def headers(rng: random.Random) -> None:
         path = folder / "weights"
         path.write_bytes(safetensors(as_bytes(head, rng), rng))
-        with opened(path):
+        with opened(path if rng.random() < 0.98 else folder / "no such file"):
             pass
 
     seeds = [pickle.dumps(np.array([0.25, 0.75]), protocol=p) for p in range(5)]

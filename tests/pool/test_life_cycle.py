@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from peft import AutoPeftModelForCausalLM, AutoPeftModelForSeq2SeqLM, LoraConfig
 from helpers.steps import ROWS, digests, logits, step
 from helpers.tiny import FAMILIES, assert_real_pool, build_pool, commit, grow, padded
 from peft_sapt import SaptConfig
-from peft_sapt.errors import TaskError
+from peft_sapt.errors import TaskError, TrainingError
 
 
 def test_old_bytes_never_change(family: str) -> None:
@@ -32,6 +33,23 @@ def test_old_bytes_never_change(family: str) -> None:
         for name, digest in known.items():
             assert digests(model, name) == digest, name
     assert model.tasks == ["a", "b", "c", "d", "e"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_no_task_is_committed_with_a_weight_that_is_not_finite(value: float) -> None:
+    model = build_pool("llama", ["a", "b"])
+    step(model)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kept = parameter.data.clone()
+            parameter.data.view(-1)[-1] = value
+            with pytest.raises(
+                TrainingError, match=re.escape(name.removeprefix("base_model.model.").split(".default")[0])
+            ):
+                model.commit_task()
+            parameter.data.copy_(kept)
+            assert model.committed_tasks == ["a"]
+    model.commit_task()
 
 
 def disable_and_enable(model) -> None:

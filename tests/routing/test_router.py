@@ -225,6 +225,17 @@ def test_a_row_far_from_every_task_is_left_to_the_base_model() -> None:
             assert torch.equal(written, pool.generate(**foreign, max_new_tokens=3, do_sample=False))
 
 
+def test_a_task_is_committed_though_the_base_model_answers_all_its_prompts() -> None:
+    pool = fresh_pool(router="ridge", fallback=5.0)
+    pool.fit_router([collate_prompts("a")])
+    assert not bool(pool.eval().attention_weights(**collate_prompts("a")).any())
+    pool.commit_task()
+    assert pool.committed_tasks == ["a"]
+    assert not any(p.requires_grad for p in pool.parameters())
+    pool.add_task("b")
+    assert pool.tasks == ["a", "b"]
+
+
 def test_an_encoder_decoder_shares_the_weights_with_its_decoder() -> None:
     torch.manual_seed(0)
     pool = get_peft_model(tiny_t5(), SaptConfig(task_type="SEQ_2_SEQ_LM", tasks=["a", "b", "c"], router="ridge",
