@@ -186,7 +186,7 @@ class SaptConfig(PeftConfig):
             ("lora_dropout", is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1, "a number in [0, 1)"),
             ("block", self.block in ("lora", "prompt"), "'lora' or 'prompt'"),
             ("num_virtual_tokens", is_int(self.num_virtual_tokens) and self.num_virtual_tokens > 0, "a positive int"),
-            ("router", self.router in ROUTERS, " or ".join(map(repr, ROUTERS))),
+            ("router", isinstance(self.router, str) and self.router in ROUTERS, " or ".join(map(repr, ROUTERS))),
             ("ridge", is_positive(self.ridge), "a positive number"),
             ("fallback", self.fallback is None or is_number(self.fallback), "a number or None"),
             ("query_dim", is_int(self.query_dim) and self.query_dim > 0, "a positive int"),

@@ -42,7 +42,7 @@ class FormatVersionError(PoolFormatError):
 
 
 class TruncatedFileError(PoolFormatError):
-    """A weights file ends before the tensors that its header lists."""
+    """A weights file is not as long as its header says, most often since it was cut short."""
 
 
 class HeaderError(PoolFormatError):

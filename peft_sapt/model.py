@@ -20,7 +20,6 @@ from .config import SaptConfig
 from .errors import SaptError, TaskError
 from .layer import SaptLayer, layer_around
 from .pool import exchange, lifecycle, warm_start
-from .pool.model_methods import when_wrapped
 from .pool.refusals import NO_ADAPTER_NAMES, NO_BATCH, NO_MERGE
 from .pool.state_dict import checked_state, keep_dtypes, with_manifest
 from .pool.view import Batches, Pool
@@ -53,10 +52,6 @@ class SaptModel(BaseTuner):
     prefix = "sapt_"
     tuner_layer_cls = PoolModule
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]  # PEFT's type is narrower than its use
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        when_wrapped(self)
 
     # --- the pool -------------------------------------------------------------------------------------------------
 

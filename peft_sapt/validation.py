@@ -56,10 +56,11 @@ def checked_record(values: dict[str, Any]) -> dict[str, Any]:
     Raises:
         SaptError: a field is unknown or has a value of the wrong kind; the message names it.
     """
-    found = {name: value for name, value in values.items() if value is not None}
-    for name, value in found.items():
+    for name in values:
         if name not in RECORD_FIELDS:
             raise SaptError(f"A task's record has no field {name!r}: it has {list(RECORD_FIELDS)}.")
+    found = {name: value for name, value in values.items() if value is not None}
+    for name, value in found.items():
         if name == "rows" and not (is_number(value) and value >= 0 and int(value) == value):
             raise SaptError(f"A task's rows must be a whole number, got {value!r}.")
         if name == "score" and not is_number(value):

@@ -20,7 +20,9 @@ FAST_ATTENTION = 2e-3  # learning rate of a learned router from which old tasks 
 def pool_of(model: Any) -> Pool:
     """The active pool of what a Trainer holds; raises [`ReflectionError`] if there is none."""
     found = getattr(model, "module", model)
-    pool = getattr(getattr(found, "base_model", found), "pool", None)
+    pool = getattr(found, "pool", None)
+    if not isinstance(pool, Pool):
+        pool = getattr(getattr(found, "base_model", None), "pool", None)
     if not isinstance(pool, Pool):
         raise ReflectionError(
             f"ArmCallback works on a PeftModel with a SaptConfig, got {type(model).__name__}: build it with "

@@ -23,7 +23,7 @@ from .guard import Guard
 from .objective import align_attention, attention_loss
 from .processes import broadcast_from_rank0
 from .pseudo import MIN_PSEUDO_SAMPLES, wanted_count
-from .replay import PseudoSamples, draw_pseudo_samples, redraw_pseudo_samples
+from .replay import draw_pseudo_samples, redraw_pseudo_samples
 
 UNCOMMITTED = (
     "The task is trained but not committed: call arm.reflect(model) after changing arm.generator (epochs, "
@@ -156,8 +156,9 @@ class Reflection:
                 seed,
                 None if self.generator_folder is None else self.generator_folder / name,
             )
-            self.note_drawn(name, drawn)
+            self.reports[name] = drawn.report.to_dict()
             replay = drawn.pooled(pool, UNCOMMITTED)
+            self.pseudo_samples[name] = drawn.texts
         broadcast_from_rank0([replay])
         lifecycle.commit_task(pool, self.pooled, replay)
         self.pooled, self.prompts = None, []
@@ -196,7 +197,7 @@ class Reflection:
             seed,
         )
         rows[index] = drawn.pooled(pool, UNCHANGED).to(rows[index])
-        self.note_drawn(name, drawn)
+        self.reports[name], self.pseudo_samples[name] = drawn.report.to_dict(), drawn.texts
         broadcast_from_rank0([rows[index]])
         pool.memory.set_replay(pool.adapter, rows)
 
@@ -210,11 +211,6 @@ class Reflection:
         refresh_card(folder)  # which says that there is text
 
     # --- parts --------------------------------------------------------------------------------------------------
-
-    def note_drawn(self, name: str, drawn: PseudoSamples) -> None:
-        """Keep counts and texts of what was drawn for task ``name``."""
-        self.reports[name] = drawn.report.to_dict()
-        self.pseudo_samples[name] = drawn.texts
 
     def open_task(self, pool: Pool, model: Any, seed: int, resumed: bool = False) -> None:
         """See that the current task has a weight of its own before its first step, and its block where it is to start.
@@ -275,7 +271,8 @@ class Reflection:
         Raises:
             ReflectionError: there are no rows; or no tokens, and pseudo-samples are wanted.
         """
-        pooled, self.prompts = pool.read(batches)
+        self.prompts = []
+        pooled = pool.pooled_prompts(batches, tokens=self.prompts)
         self.pooled = pooled[~pooled[:, 0].isnan()]  # rows of padding alone have no prompt
         self.rows = len(self.pooled)
         if not self.rows:

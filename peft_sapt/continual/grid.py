@@ -219,5 +219,4 @@ def held(path: Path) -> Iterator[bool]:
     try:
         yield True
     finally:
-        lock.release()
-        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()  # the file stays: whoever waits on one that was removed would hold another lock than the next

@@ -81,6 +81,8 @@ def reconciled(config: C, manifest: dict[str, Any], folder: Path) -> C:
     saved = manifest.get("config")
     if not isinstance(saved, dict) or manifest.get("save_id") == config.save_id:
         return config
+    if config.save_id is None and fits(config, manifest):  # written before the weights, as transformers does
+        return config
     warnings.warn(
         f"{folder / CONFIG_NAME} is of another save than {SAFETENSORS_WEIGHTS_NAME} beside it: the weights "
         "decide. Save the pool again to bring them together.",
@@ -164,7 +166,8 @@ def save_config(
         raise SaveError(f"{save_directory} is a file: save_pretrained needs a folder.")
     folder = Path(save_directory)
     weights = folder / SAFETENSORS_WEIGHTS_NAME
-    if (folder / WEIGHTS_NAME).exists() and not weights.exists():
+    pickle = folder / WEIGHTS_NAME
+    if pickle.exists() and not (weights.exists() and weights.stat().st_mtime_ns >= pickle.stat().st_mtime_ns):
         raise SaveError(
             f"{folder} holds {WEIGHTS_NAME}, a pickle, which no pool is loaded from: remove it, and save without "
             "safe_serialization=False."
@@ -185,9 +188,10 @@ def save_config(
 
 
 def save_id_of(config: SaptConfig, weights: Path) -> str | None:
-    """Which save the weights file is of, if it describes this very pool; None if it describes another one.
+    """Which save the weights file is of, if it holds the tasks of this config; None if it holds others.
 
-    Without any weights it is what the config says itself.
+    Without any weights it is what the config says itself. Settings such as ``top_k`` may differ: whoever writes them
+    beside weights means them.
     """
     try:
         manifest = manifest_of(weights) if weights.is_file() else None
@@ -195,4 +199,21 @@ def save_id_of(config: SaptConfig, weights: Path) -> str | None:
         return None
     if manifest is None:
         return config.save_id
-    return manifest.get("save_id") if manifest.get("config") == pool_values(config) else None
+    return manifest.get("save_id") if fits(config, manifest) else None
+
+
+def fits(config: SaptConfig, manifest: dict[str, Any]) -> bool:
+    """Whether a weights file with this manifest holds what ``config`` describes."""
+    values = json.loads(config_text(described(config)))
+    return all(manifest.get(name) == value for name, value in values.items())
+
+
+def described(config: SaptConfig) -> dict[str, Any]:
+    """What a weights file must hold to fit a pool."""
+    return {
+        "tasks": config.tasks,
+        "ranks": config.task_ranks,
+        "scalings": config.scalings,
+        "replay_rows": config.replay_rows,
+        "token_dim": config.token_dim,
+    }

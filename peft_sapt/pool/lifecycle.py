@@ -80,12 +80,13 @@ def set_tasks(pool: Pool, other: SaptConfig, kept: list[int]) -> None:
 def fit_router(pool: Pool, inputs: Batches) -> None:
     """See [`SaptModel.fit_router`]."""
     pool.refuse_sharded("fit_router")
+    pool.router.check_fit(pool.adapter)
     pooled = pool.pooled_prompts(inputs)
     if not len(pooled):
         raise PromptError("fit_router needs training prompts of the current task, and got none.")
     pool.refuse_bad_rows("fit_router(inputs=...)", pooled)
     pool.router.fit(pool.adapter, pooled)
-    pool.memory.remember(pool.adapter, pooled)
+    pool.memory.remember_fitted(pool.adapter, pooled)
 
 
 def commit_task(pool: Pool, inputs: Batches | None = None, replay: Batches | None = None) -> None:
@@ -122,13 +123,13 @@ def refuse_unseen(pool: Pool, pooled: Tensor, given: bool) -> None:
     task = pool.current_task
     if given:
         raise TaskError(f"commit_task(inputs=...) got no row of task {task!r}: give its training prompts.")
-    why = "none was trained on in this model since the task was opened"
+    why = "no training forward has read one since the task was opened or last committed"
     if pool.adapter in pool.memory.loaded:
         why = "the pool was loaded, and its file does not keep the rows that training saw before"
     raise TaskError(
-        f"Task {task!r} cannot be committed, since no training prompt of it is known: {why}. (Forwards in eval mode "
-        "or without gradients are not training.) Pass commit_task(inputs=batches) with its training prompts, or "
-        "remove the task."
+        f"Task {task!r} cannot be committed, since no training prompt of it is known: {why}. (Forwards in eval mode, "
+        "without gradients, or with sapt_task or sapt_weights read none.) Pass commit_task(inputs=batches) with its "
+        "training prompts."
     )
 
 

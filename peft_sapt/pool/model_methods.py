@@ -5,19 +5,18 @@ PEFT and transformers leave no other way at two points:
 - ``push_to_hub`` writes the Hub's card (or an empty template) over the saved README.md just before the upload, and the
   Trainer writes its own summary at the end of a run. Neither calls anything of the tuner in between, so a PeftModel
   with a pool gets ``create_or_update_model_card`` and ``_upload_modified_files`` of its own, which write our section
-  anew. This happens when the PeftModel is built ([`when_wrapped`]), not in passing when it is saved.
+  anew. This happens when the PeftModel is built ([`keep_cards_of`]), not in passing when it is saved.
 - The Trainer loads checkpoints by ``load_adapter``, which reads nothing but weights for a known adapter, so that no
   check of ours would learn the folder. ``ArmCallback`` gives its Trainer's model a ``load_adapter`` that looks first.
 """
 
 from __future__ import annotations
 
-import threading
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet, ref
+from weakref import WeakSet
 
 from peft import PeftModel
 from torch import nn
@@ -30,28 +29,26 @@ from .config_file import manifest_in
 
 REPLACED = ("create_or_update_model_card", "_upload_modified_files", "load_adapter")
 STATE = "trainer_state.json"  # which a Trainer's checkpoint has
+_watched: set[type[nn.Module]] = set()
 _checked: WeakSet[PeftModel] = WeakSet()  # models that have loaded a checkpoint by way of this
 
 
 # --- the model card --------------------------------------------------------------------------------------------------
 
 
-def when_wrapped(tuner: nn.Module) -> None:
-    """Call [`keep_card`] on the PeftModel that is being built around ``tuner``.
+def keep_cards_of(tuner: type[nn.Module]) -> None:
+    """From now on call [`keep_card`] on each PeftModel that is built around a ``tuner``; a second call adds nothing.
 
-    PEFT tells a tuner nothing of its PeftModel. But the next module that is registered in this thread is the tuner,
-    by ``PeftModel.__init__``; where another one comes next (transformers' own adapters have no PeftModel), this one
-    look was in vain, and nothing is replaced.
+    PEFT tells a tuner nothing of its PeftModel, but torch tells of every module that another one is given.
     """
-    thread, wanted = threading.get_ident(), ref(tuner)
 
     def look(parent: nn.Module, name: str, child: nn.Module | None) -> None:
-        if threading.get_ident() == thread:
-            handle.remove()
-            if child is not None and child is wanted():
-                keep_card(parent)
+        if name == "base_model" and isinstance(child, tuner):
+            keep_card(parent)
 
-    handle = register_module_module_registration_hook(look)
+    if tuner not in _watched:
+        register_module_module_registration_hook(look)
+        _watched.add(tuner)
 
 
 def keep_card(model: Any) -> None:

@@ -23,19 +23,8 @@ from ..storage.manifest import (
     read_manifest,
 )
 from ..storage.overrides import accepted
-from .config_file import pool_values
+from .config_file import described, pool_values
 from .stored_attention import stored_attention
-
-
-def described(config: SaptConfig) -> dict[str, Any]:
-    """What a weights file must hold to fit a pool."""
-    return {
-        "tasks": config.tasks,
-        "ranks": config.task_ranks,
-        "scalings": config.scalings,
-        "replay_rows": config.replay_rows,
-        "token_dim": config.token_dim,
-    }
 
 
 def with_manifest(

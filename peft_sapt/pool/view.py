@@ -97,13 +97,9 @@ class Pool:
 
     # --- prompts --------------------------------------------------------------------------------------------------
 
-    def read(self, batches: Batches) -> tuple[Tensor, list[list[int]]]:
-        """Pooled prompts [N, d] and their token ids, see [`read_batches`]."""
-        return read_batches(self.base, self.config, self.router.pooling, batches, self.memory.device)
-
-    def pooled_prompts(self, batches: Batches) -> Tensor:
-        """Pooled prompts of all rows in ``batches``, [N, d] in float32; pooled tensors pass through."""
-        return self.read(batches)[0]
+    def pooled_prompts(self, batches: Batches, tokens: list[list[int]] | None = None) -> Tensor:
+        """Pooled prompts of all rows in ``batches``, [N, d] in float32; ``tokens`` as in [`read_batches`]."""
+        return read_batches(self.base, self.config, self.router.pooling, batches, self.memory.device, tokens)
 
     @torch.no_grad()
     def mean_weights(self, pooled: Tensor) -> Tensor:

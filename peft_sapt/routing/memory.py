@@ -22,8 +22,9 @@ class TaskMemory(FreePoolModule):
           that came later); a zero row says that task t is not committed.
         - ``sapt_replay`` [N, d]: pooled embeddings of the replay rows of all tasks, in the order of
           ``SaptConfig.replay_rows``. A router needs nothing else of a prompt, so no text has to be kept.
-        - rows seen: pooled prompts of the newest task's training forwards, at most ``SEEN_ROWS``. They belong to the
-          pool and so to every thread and to copies of the model, but are not saved.
+        - rows seen: pooled prompts of the newest task's training forwards, at most ``SEEN_ROWS``, and those that its
+          router was fitted to. They belong to the pool and so to every thread and to copies of the model, but are not
+          saved.
     """
 
     other_param_names = ("sapt_targets", "sapt_replay")
@@ -34,6 +35,7 @@ class TaskMemory(FreePoolModule):
         super().__init__()
         self.loaded: set[str] = set()  # adapters whose weights come from a file
         self._seen: dict[str, list[Tensor]] = {}
+        self._fitted: dict[str, Tensor] = {}
 
     def update_layer(self, adapter: str, config: SaptConfig, device: torch.device | None) -> None:
         """Build the parts of ``adapter`` for the tasks in ``config``, in float32."""
@@ -85,7 +87,7 @@ class TaskMemory(FreePoolModule):
     def resize(self, adapter: str, kept: list[int]) -> None:
         """Let targets and replay rows follow their tasks: ``kept`` are indices of before, -1 for a new task.
 
-        Attention that went to a task that is gone is shared out among the rest; rows seen belong to nobody now.
+        Attention that went to a task that is gone is shared out among the rest; rows seen stay with the newest one.
         """
         old = self.targets(adapter)
         known = torch.tensor([i >= 0 for i in kept], device=old.device)  # [T]
@@ -99,7 +101,8 @@ class TaskMemory(FreePoolModule):
         replay = self.replay(adapter)
         self.sapt_targets[adapter] = linear_from(targets)
         self.set_replay(adapter, [replay[i] if i >= 0 else replay[0][:0] for i in kept])
-        self.forget(adapter)
+        if kept[-1] != len(old) - 1:
+            self.forget(adapter)
 
     # --- replay rows ----------------------------------------------------------------------------------------------
 
@@ -123,20 +126,28 @@ class TaskMemory(FreePoolModule):
     # --- rows seen in training --------------------------------------------------------------------------------------
 
     def remember(self, adapter: str, pooled: Tensor) -> None:
-        """Note pooled prompts [b, d] of a training forward or of ``fit_router``, up to ``SEEN_ROWS`` in all."""
+        """Note pooled prompts [b, d] of a training forward, up to ``SEEN_ROWS`` in all."""
         seen = self._seen.setdefault(adapter, [])
         count = sum(len(rows) for rows in seen)
         if count < SEEN_ROWS:
             pooled = pooled[~pooled[:, 0].isnan()]  # packed rows may end in padding
             seen.append(pooled[: SEEN_ROWS - count].detach().clone())
 
+    def remember_fitted(self, adapter: str, pooled: Tensor) -> None:
+        """Note the first ``SEEN_ROWS`` pooled prompts [N, d] that the router was fitted to."""
+        self._fitted[adapter] = pooled[:SEEN_ROWS].detach().clone()
+
     def seen(self, adapter: str) -> list[Tensor]:
-        """Pooled prompts [b, d] that were noted of the newest task, in their order."""
-        return list(self._seen.get(adapter, []))
+        """Pooled prompts [n, d] that training of the newest task saw; without training, those of ``fit_router``."""
+        rows = self._seen.get(adapter)
+        if rows:
+            return [torch.cat(list(rows))[:SEEN_ROWS]]  # threads that train at once may have noted some more
+        return [self._fitted[adapter]] if adapter in self._fitted else []
 
     def forget(self, adapter: str) -> None:
         """Drop the rows seen: the newest task is another one now, committed, or gone."""
         self._seen.pop(adapter, None)
+        self._fitted.pop(adapter, None)
 
 
 def committed_in(targets: Tensor) -> list[bool]:

@@ -79,10 +79,12 @@ def read_batches(
     pooling: Pooling,
     batches: Iterable[Mapping[str, Any] | Tensor] | Tensor,
     device: torch.device,
-) -> tuple[Tensor, list[list[int]]]:
-    """Pooled prompts [N, d] of all rows in ``batches``, float32, and their token ids where batches have any.
+    tokens: list[list[int]] | None = None,
+) -> Tensor:
+    """Pooled prompts [N, d] of all rows in ``batches``, float32.
 
     Args:
+        tokens: gets the token ids of the prompts, where batches have any.
         batches: arguments of a forward, as dicts, or prompts that are pooled already, [n, d].
 
     Raises:
@@ -90,7 +92,6 @@ def read_batches(
         WeightsError: a pooled tensor has another shape than [N, token_dim].
     """
     found: list[Tensor] = []
-    tokens: list[list[int]] = []
     for batch in [batches] if isinstance(batches, Tensor) else batches:
         if isinstance(batch, Tensor):
             pooled = batch
@@ -101,13 +102,13 @@ def read_batches(
             pooled = prompts.pooled
             if prompts.segments is not None:
                 pooled = pooled[~pooled[:, 0].isnan()]  # packed rows may end in padding
-            if inputs.get("input_ids") is not None:
+            if tokens is not None and inputs.get("input_ids") is not None:
                 tokens += prompt_tokens(inputs["input_ids"], prompts)
         if pooled.dim() != 2 or pooled.shape[1] != config.token_dim:
             raise WeightsError(f"Pooled prompts have shape {list(pooled.shape)}, not [N, {config.token_dim}].")
         found.append(pooled.to(device))
     empty = torch.zeros(0, config.token_dim or 0, device=device)
-    return (torch.cat(found) if found else empty), tokens
+    return torch.cat(found) if found else empty
 
 
 def prompt_tokens(input_ids: Tensor, prompts: Prompts) -> list[list[int]]:

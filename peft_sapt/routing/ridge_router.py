@@ -133,17 +133,15 @@ class RidgeRouter(Router):
         self.ready[adapter] = task
 
     @torch.no_grad()
-    def fit(self, adapter: str, pooled: Tensor) -> None:
-        """Add the sums of the newest task's prompts [n, d], solve, and calibrate; older tasks' sums keep their bytes.
-
-        Raises:
-            TaskError: it has seen this task.
-        """
+    def check_fit(self, adapter: str) -> None:
         if self.is_fitted(adapter):
             raise TaskError(
                 f"The router has seen task {self.configs[adapter].task_name!r} already, and keeps no rows that could "
                 "be replaced: remove_task and add_task start it over."
             )
+
+    def fit(self, adapter: str, pooled: Tensor) -> None:
+        """Add the sums of the newest task's prompts [n, d], solve, calibrate; older tasks' sums keep their bytes."""
         x, gram = ridge.features(pooled), self.sapt_gram[adapter].weight.data
         self.sapt_mean[adapter].weight.data.copy_(x.mean(dim=0, keepdim=True))
         gram.add_(ridge.second_moment(x))

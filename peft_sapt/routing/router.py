@@ -59,7 +59,7 @@ class Router(FreePoolModule):
 
     A new kind is a subclass in a file beside this one and a line in ``ROUTERS``. It writes the names below,
     ``update_layer``, ``log_weights_of``, and with a pair of stacks ``newest_part``; one that is solved from prompts
-    also ``fit``, ``is_fitted`` and ``on_commit``. Whatever it does: old tasks' parts keep their bytes, and a row's
+    also ``fit`` and ``is_fitted``. Whatever it does: old tasks' parts keep their bytes, and a row's
     weights depend on that row alone.
     """
 
@@ -94,8 +94,10 @@ class Router(FreePoolModule):
         for container in self.adapter_layer_names + self.other_param_names:
             modules = getattr(self, container)
             if adapter in modules:
-                for name, parameter in modules[adapter].named_parameters():
-                    found[state_key(container, name)] = unshard(parameter)
+                for name in ("weight", "bias"):  # by name: FSDP's flat parameters leave plain tensors in their place
+                    tensor = getattr(modules[adapter], name, None)
+                    if isinstance(tensor, Tensor):
+                        found[state_key(container, name)] = unshard(tensor)
         return found
 
     # --- routing --------------------------------------------------------------------------------------------------
@@ -147,15 +149,15 @@ class Router(FreePoolModule):
         """Raises [`TaskError`] if the newest task cannot train yet; called in every training forward."""
 
     def fit(self, adapter: str, pooled: Tensor) -> None:
-        """Take in the newest task's training prompts [n, d], before it trains.
+        """Take in the newest task's training prompts [n, d], before it trains; [`check_fit`] has let them through."""
 
-        Raises:
-            TaskError: this kind is fitted otherwise, or has seen the task.
-        """
-        raise TaskError(
-            f"fit_router is for routers that are solved from prompts, as router='ridge'; {self.kind!r} is fitted in "
-            "training."
-        )
+    def check_fit(self, adapter: str) -> None:
+        """Raises [`TaskError`] if [`fit`] must not see the newest task's prompts, or has seen them."""
+        if self.needs_replay:
+            raise TaskError(
+                "fit_router is for routers that are solved from prompts, as router='ridge'; "
+                f"{self.kind!r} is fitted in training."
+            )
 
     def is_fitted(self, adapter: str) -> bool:
         """Whether [`fit`] has seen the newest task; a router that needs neither fit nor replay is always fitted."""

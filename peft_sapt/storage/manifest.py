@@ -38,14 +38,22 @@ CURE = "Load an intact copy."
 # what safetensors says of a file whose header and size do not fit together, and what that is to a reader
 FAULTS: tuple[tuple[str, type[PoolFormatError], str], ...] = (
     ("header too small", TruncatedFileError, "has too few bytes for a safetensors file"),
-    ("invalid header length", TruncatedFileError, "ends within its header"),
+    (
+        "invalid header length",
+        TruncatedFileError,
+        "is shorter than the header it claims to have, or no safetensors file",
+    ),
     ("incomplete metadata", TruncatedFileError, "is longer or shorter than its header says"),
     (
         "header too large",
         HeaderError,
         "claims a header larger than any pool's: it is no such file, or a trap",
     ),
-    ("deserializing header", HeaderError, "has no header of a safetensors file"),
+    (
+        "deserializing header",
+        HeaderError,
+        "has a header that is none of a safetensors file, or describes tensors that it cannot hold",
+    ),
 )
 SAID = "it is not the file that was saved. Load an intact copy"
 

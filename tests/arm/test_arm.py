@@ -284,7 +284,7 @@ def test_refusals_before_training(tmp_path) -> None:
     import datasets
 
     model = fresh_pool()
-    arm.prepare(model, [collate(rows_of("a"))])
+    arm.prepare(model.base_model, [collate(rows_of("a"))])  # the tuner will do too
     arm.reflect(model)
     model.add_task("b")
     named = datasets.Dataset.from_list([{**row, "task": "a"} for row in rows_of("a", 8)])

@@ -11,7 +11,7 @@ from peft import PeftModel
 from helpers.tiny import build_pool
 from helpers.training import FAST, fresh_pool, trainer
 from helpers.words import TASKS, rows_of, tokenizer
-from peft_sapt import ArmCallback, GeneratorSettings
+from peft_sapt import ArmCallback, GeneratorSettings, save_pool
 from peft_sapt.arm import fitting
 from peft_sapt.arm.generator import generator_adapter
 from peft_sapt.arm.pseudo import digest_of
@@ -175,6 +175,16 @@ def test_redrawing_refuses_and_changes_nothing(kept, tmp_path) -> None:
         arm.redraw(model, "c")
     with pytest.raises(ReflectionError, match="router='ridge' keeps no replay rows"):
         arm.redraw(build_pool("llama", ["a", "b"], router="ridge"), "a")
+
+
+def test_a_failed_reflect_keeps_no_texts(tmp_path) -> None:
+    model = fresh_pool()
+    arm = ArmCallback(tokenizer(), min_pseudo_samples=3, generator=GeneratorSettings(epochs=1, max_draws=0))
+    with pytest.raises(ReflectionError, match=r"0 usable pseudo-samples.*not committed"):
+        trainer(model, tmp_path / "run", "a", [arm], max_steps=1).train()
+    assert model.committed_tasks == [] and not arm.pseudo_samples and "a" in arm.reports
+    save_pool(model, tmp_path / "pool", arm)
+    assert not (tmp_path / "pool/replay").exists()
 
 
 DRAWING = {"start": [3], "end": 2, "closing": [], "longest": 9, "known": []}

@@ -5,11 +5,13 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from helpers.distributed_worker import KINDS, ROWS, open_pool
 from helpers.gradients import ATTENTION, BLOCK, assert_same, gradients
@@ -67,6 +69,24 @@ def test_fsdp2_equals_one_process(tmp_path) -> None:
     with torch.no_grad():
         batch = padded([row["input_ids"] for row in ROWS])
         assert torch.equal(loaded(**batch).logits, model.eval()(**batch).logits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fsdp1_serves_a_pool(kind: str, tmp_path) -> None:
+    """With its default flags: parameters become flat ones, and plain tensors take their places."""
+    model = open_pool(kind).eval()
+    batch = padded([row["input_ids"] for row in ROWS])
+    expected = model(**batch).logits.detach()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it is deprecated, and says that one process shards nothing
+            sharded = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+        assert torch.equal(sharded(**batch).logits, expected)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_data_parallel_and_sharded_models_are_refused(monkeypatch) -> None:

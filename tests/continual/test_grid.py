@@ -23,7 +23,7 @@ def test_a_grid_writes_each_run_once(tmp_path) -> None:
     assert len(first) == len(runs) == len(METHODS) + 1
     run_grid(bench, runs, tmp_path / "out", {})
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.json")} == first
-    assert not list((tmp_path / "out").rglob(".*"))
+    assert all(path.suffix == ".lock" for path in (tmp_path / "out").rglob(".*"))
     result = json.loads(Run("tiny", "sapt-ridge", "reversed").path(tmp_path / "out").read_text())
     assert result["tasks"] == ["second", "first"] and result["matrix"][0][1] is None
     assert set(result["summary"]) == {"AP", "F.Ra", "BWT"} and result["provenance"]["model"] == "tiny"
@@ -77,6 +77,6 @@ def test_a_run_under_way_is_left_to_its_process(tmp_path) -> None:
         assert mine
         with held(path) as also_mine:
             assert not also_mine
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == [".run.json.lock"]
     with held(path) as mine:
         assert mine

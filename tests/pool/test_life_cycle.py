@@ -52,6 +52,31 @@ def test_no_task_is_committed_with_a_weight_that_is_not_finite(value: float) -> 
     model.commit_task()
 
 
+def test_an_older_task_is_removed_while_the_newest_trains() -> None:
+    model, other = build_pool("llama", ["a", "b", "c"]), build_pool("llama", ["b", "c"])
+    for each in (model, other):
+        step(each)
+    rows = model.base_model.hooks.memory.seen("default")
+    model.remove_task("a")
+    assert torch.equal(rows[0], model.base_model.hooks.memory.seen("default")[0])
+    model.commit_task()
+    assert model.committed_tasks == ["b", "c"]
+    other.remove_task("c")
+    assert not other.base_model.hooks.memory.seen("default"), "rows of a task that is gone"
+
+
+def test_a_task_that_was_trained_without_reading_prompts_says_so() -> None:
+    model = build_pool("llama", ["a"])
+    batch = padded(ROWS)
+    model.train()(**batch, labels=batch["input_ids"], sapt_task="a").loss.backward()
+    with pytest.raises(TaskError, match=r"with sapt_task or sapt_weights read none.*commit_task\(inputs=batches\)"):
+        model.commit_task()
+    model.commit_task(inputs=[batch])
+    model.reopen_task()
+    with pytest.raises(TaskError, match="since the task was opened or last committed"):
+        model.commit_task()
+
+
 def disable_and_enable(model) -> None:
     with model.disable_adapter():
         pass

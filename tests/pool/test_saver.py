@@ -274,6 +274,18 @@ def test_settings_that_a_user_edits_count(tmp_path) -> None:
     assert (config.top_k, config.min_weight) == (1, 0.25)
 
 
+def test_settings_that_are_saved_beside_weights_count(tmp_path) -> None:
+    model = pool_of(2)
+    model.save_pretrained(tmp_path)
+    edited = SaptConfig.from_pretrained(tmp_path)
+    for config, top_k in ((edited, 1), (model.peft_config["default"], 2)):
+        config.top_k = top_k
+        config.save_pretrained(tmp_path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            assert PeftModel.from_pretrained(pool_of().unload(), tmp_path).peft_config["default"].top_k == top_k
+
+
 def test_the_same_pool_has_the_same_bytes(tmp_path) -> None:
     for name in ("one", "two"):
         save_pool(pool_of(3), tmp_path / name)
@@ -286,6 +298,9 @@ def test_pickles_are_neither_written_nor_read(tmp_path) -> None:
     with pytest.raises(SaveError, match="without safe_serialization=False"):
         pool_of(2).save_pretrained(tmp_path, safe_serialization=False)
     pool_of(2).save_pretrained(tmp_path / "whole")
+    with pytest.raises(SaveError, match="without safe_serialization=False"):
+        pool_of(2).save_pretrained(tmp_path / "whole", safe_serialization=False)
+    (tmp_path / "whole/adapter_model.bin").unlink()
     shutil.copy(tmp_path / "whole" / CONFIG, tmp_path)
     with pytest.raises(PickleError, match=r"adapter_model.bin, a pickle"):
         PeftModel.from_pretrained(pool_of().unload(), tmp_path)

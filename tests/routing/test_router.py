@@ -236,6 +236,22 @@ def test_a_task_is_committed_though_the_base_model_answers_all_its_prompts() -> 
     assert pool.tasks == ["a", "b"]
 
 
+def test_a_target_comes_of_training_rows_where_there_are_some() -> None:
+    """fit_router sees the whole data set, of which training may see other rows, or more often the same ones."""
+    pool = fresh_pool(router="ridge")
+    pool.fit_router([collate_prompts("a")])
+    pool.train()(**(batch := collate_prompts("a")), labels=batch["input_ids"].index_fill(1, torch.arange(8), -100))
+    pool.commit_task()
+    pool.add_task("b")
+    pool.fit_router([collate_prompts("b")])
+    seen = {k: v[:3] for k, v in collate_prompts("b").items()}
+    seen["labels"] = seen["input_ids"].index_fill(1, torch.arange(8), -100)
+    pool.train()(**seen)
+    pool.commit_task()
+    found = pool.base_model.hooks.memory.targets("default")[-1]
+    torch.testing.assert_close(found, pool.eval().attention_weights(**seen).mean(dim=0))
+
+
 def test_an_encoder_decoder_shares_the_weights_with_its_decoder() -> None:
     torch.manual_seed(0)
     pool = get_peft_model(tiny_t5(), SaptConfig(task_type="SEQ_2_SEQ_LM", tasks=["a", "b", "c"], router="ridge",
@@ -257,6 +273,11 @@ def test_refusals() -> None:
         SaptConfig(router="ridge", pool_padding=True)
     with pytest.raises(SaptError, match=r"SaptConfig\.ridge must be a positive number"):
         SaptConfig(router="ridge", ridge=0)
+    for wrong in (["ridge"], {}, None, 3):
+        with pytest.raises(SaptError, match=r"SaptConfig\.router must be"):
+            SaptConfig(router=wrong)
+    with pytest.raises(TaskError, match="is fitted in training"):
+        learned.fit_router([])
     pool = fresh_pool(router="ridge")
     with pytest.raises(PromptError, match="got none"):
         pool.fit_router([])
