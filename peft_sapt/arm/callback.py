@@ -15,7 +15,7 @@ from ..pool.model_methods import check_loads, was_checked
 from ..pool.view import Pool
 from ..pool_module import sharding_of
 from ..storage.checkpoints import mark, refuse_incomplete
-from .checks import check_arguments, check_task_of_rows, isolated_rng, pool_of, warn_of_fast_attention
+from .checks import check_arguments, check_optimizer, check_task_of_rows, isolated_rng, pool_of, warn_of_fast_attention
 from .reflection import Reflection
 
 if TYPE_CHECKING:
@@ -69,7 +69,8 @@ class ArmCallback(Reflection, TrainerCallback):
         ReflectionError: the tokenizer lacks a token, an old task has no replay rows, the generator gave
             too few usable samples, ...
         TaskError: the current task is committed already, or the training rows belong to another one.
-        TrainingError: a loss, gradient or weight is NaN or infinite. CheckpointError: an incomplete checkpoint.
+        TrainingError: a loss, gradient or weight is NaN or infinite, or the optimizer does not hold what is to train.
+        CheckpointError: an incomplete checkpoint.
     """
 
     def on_init_end(
@@ -91,6 +92,7 @@ class ArmCallback(Reflection, TrainerCallback):
             )
         check_task_of_rows(loader.dataset, pool)
         self.check_pool(pool)
+        check_optimizer(model, pool, kwargs.get("optimizer"))
         warn_of_fast_attention(pool, kwargs.get("optimizer"))
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if state.global_step and not was_checked(model) and folder.is_dir():  # loaded by accelerate, say

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import ReflectionError, TaskError
+from ..errors import ReflectionError, TaskError, TrainingError
 from ..pool.view import Pool
 from ..pool_module import sharding_of
 
@@ -39,6 +39,29 @@ def can_generate(pool: Pool) -> bool:
 def check_arguments(args: TrainingArguments) -> None:
     if args.n_gpu > 1:
         raise ReflectionError("nn.DataParallel is not supported: start the script with torchrun or accelerate launch.")
+
+
+def check_optimizer(model: Any, pool: Pool, optimizer: Any) -> None:
+    """Refuse an optimizer that does not hold what is about to train, as one that was built before ``add_task``.
+
+    Not looked at are optimizers that hold other tensors in place of the model's own (FSDP, ZeRO).
+
+    Raises:
+        TrainingError: it names the parameters that would not move.
+    """
+    while hasattr(optimizer, "optimizer"):  # accelerate's wrappers
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, torch.optim.Optimizer) or sharding_of(pool.base) is not None:
+        return
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    if missing:
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise TrainingError(
+            f"The optimizer does not hold {shown}, so task {pool.current_task!r} would not be trained: it was built "
+            "before add_task, which replaces parameters, or leaves some out. Build a Trainer, and optimizers if you "
+            "give it some, for each task; parameters that are not to train need requires_grad=False."
+        )
 
 
 def check_task_of_rows(dataset: Any, pool: Pool) -> None:

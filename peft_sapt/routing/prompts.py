@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -68,9 +70,26 @@ def read_prompts(
 
 
 def look_up(embedding: nn.Module, ids: Tensor) -> Tensor:
-    """Embeddings of ``ids``, also outside a forward of a model that FSDP2 has sharded."""
+    """The plain embeddings of ``ids``, [B, S, d]: what inference reads, whatever training adds to them.
+
+    Hooks on the module (NEFTune's noise, say) and its behaviour in train mode (dropout) are left out. Works outside a
+    forward of a model that FSDP2 has sharded too.
+    """
+    bare = without_hooks(embedding)
     sharded = {name: unshard(p) for name, p in embedding.named_parameters() if hasattr(p, "full_tensor")}
-    return torch.func.functional_call(embedding, sharded, (ids,)) if sharded else embedding(ids)
+    return torch.func.functional_call(bare, sharded, (ids,)) if sharded else bare(ids)
+
+
+def without_hooks(module: nn.Module) -> nn.Module:
+    """A shallow copy of ``module`` in eval mode, without hooks, on the same parameters; ``module`` stays as it is."""
+    bare = copy.copy(module)
+    bare._parameters = dict(module._parameters)
+    for name in list(vars(bare)):
+        if name.endswith("_hooks") or name.endswith("_hooks_with_kwargs") or name.endswith("_hooks_always_called"):
+            setattr(bare, name, OrderedDict())
+    bare.training = False
+    bare._modules = {name: None if child is None else without_hooks(child) for name, child in module._modules.items()}
+    return bare
 
 
 def read_batches(

@@ -1,0 +1,90 @@
+"""The query reads plain embeddings: what training adds to them (noise, dropout, hooks) never reaches the router."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from helpers.steps import ROWS
+from helpers.tiny import FAMILIES, padded
+from helpers.training import arguments, fresh_pool, trainer
+from helpers.words import rows_of, tokenizer
+from peft_sapt import ArmCallback, SaptConfig
+from peft_sapt.routing import ROUTERS
+
+
+class Dropped(nn.Module):
+    """Token embeddings that are dropped out, in train mode, by a module of their own."""
+
+    def __init__(self, table: nn.Embedding) -> None:
+        super().__init__()
+        self.table, self.drop = table, nn.Dropout(0.5)
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self.table.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.drop(self.table(ids))
+
+
+def noise(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+    return output + torch.randn_like(output) if module.training else output
+
+
+def doubled(module: nn.Module, args: tuple) -> tuple:
+    return (args[0].roll(1, dims=1),) if module.training else args
+
+
+def add_hook(model: nn.Module) -> None:
+    model.get_input_embeddings().register_forward_hook(noise)
+
+
+def add_pre_hook(model: nn.Module) -> None:
+    model.get_input_embeddings().register_forward_pre_hook(doubled)
+
+
+def add_dropout(model: nn.Module) -> None:
+    model.set_input_embeddings(Dropped(model.get_input_embeddings()))
+
+
+@pytest.mark.parametrize("habit", [add_hook, add_pre_hook, add_dropout])
+@pytest.mark.parametrize("block", ["lora", "prompt"])
+@pytest.mark.parametrize("router", list(ROUTERS))
+def test_weights_in_training_are_those_of_inference(family: str, router: str, block: str, habit) -> None:
+    torch.manual_seed(0)
+    task_type, make = FAMILIES[family]
+    base = make()
+    torch.nn.init.normal_(base.get_input_embeddings().weight)
+    expected = copy.deepcopy(base).eval().get_input_embeddings()(padded(ROWS)["input_ids"])
+    habit(base)
+    fields = {"block": block, "router": router, "init_weights": False}
+    pool = get_peft_model(base, SaptConfig(task_type=task_type, tasks=["a", "b", "c"], **fields))
+    batch = padded(ROWS)
+    inference = pool.eval().attention_weights(**batch)
+    assert torch.equal(pool.train().attention_weights(**batch), inference)
+    hooks, seen = pool.base_model.hooks, []
+    hooks.state.use, use = lambda mixture: (seen.append(mixture.weights.detach()), use(mixture)), hooks.state.use
+    labels = torch.full((len(ROWS), 2), 5) if task_type == "SEQ_2_SEQ_LM" else torch.full_like(batch["input_ids"], -100)
+    hooks.router_of("default").ready = {"default": "c"}  # a router that is solved counts as fitted
+    pool(**batch, labels=labels)
+    torch.testing.assert_close(seen[0], inference)
+    pooled = hooks.memory.seen("default")[0]
+    pooling = hooks.router_of("default").pooling
+    torch.testing.assert_close(pooled, pooling.rows(expected, batch["attention_mask"].bool()))
+
+
+@pytest.mark.parametrize("alpha", [None, 5.0])
+def test_neftune_through_the_trainer(alpha: float | None, tmp_path) -> None:
+    """Pooled prompts and replay rows that ArmCallback stores are those that a prompt has when it asks."""
+    model, arm = fresh_pool(), ArmCallback(tokenizer(), replay="rows")
+    trainer(model, tmp_path, "a", [arm], neftune_noise_alpha=alpha, max_steps=2).train()
+    prompts = [{"input_ids": torch.tensor([row["input_ids"][:-1]])} for row in rows_of("a")]
+    clean = model.eval().pooled_prompts(prompts)
+    stored = model.base_model.hooks.memory.replay("default")[0]
+    assert float((stored.unsqueeze(1) - clean).norm(dim=-1).min(dim=1).values.max()) < 1e-6
+    assert arguments(tmp_path).neftune_noise_alpha is None
