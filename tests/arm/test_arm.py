@@ -1,4 +1,4 @@
-"""ARM: the new gate opens and stays open, old tasks keep their attention, and the Trainer sees one clean gradient."""
+"""ARM: the new task gets its weight and keeps it, old tasks keep their attention, and the Trainer sees one clean gradient."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from peft_sapt.arm.pseudo import Selection, digest_of, wanted_count
 from peft_sapt.errors import ReflectionError, TaskError
 
 
-def test_every_gate_opens_and_old_tasks_keep_their_own(tmp_path) -> None:
+def test_every_new_task_gets_its_weight_and_old_ones_keep_theirs(tmp_path) -> None:
     model, scales = learn_stream(tmp_path, ArmCallback(tokenizer(), replay="rows"))
     assert model.committed_tasks == TASKS
     for task, (leading, mean) in own_weights(model).items():
@@ -30,7 +30,7 @@ def test_every_gate_opens_and_old_tasks_keep_their_own(tmp_path) -> None:
         assert min(scales[task]) >= 0.5, scales
 
 
-def test_replay_alone_shuts_the_new_gate(tmp_path) -> None:
+def test_replay_alone_takes_the_new_tasks_weight(tmp_path) -> None:
     """The defect of the released method, reproduced by switching our remedies off."""
     arm = ArmCallback(tokenizer(), replay="rows", align_steps=0, floor_weight=0.0)
     model = fresh_pool()

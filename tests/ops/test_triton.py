@@ -23,7 +23,7 @@ MUTANTS = {
     "shrink reads past the width": ("mask=real[:, None] & (k < width)[None, :]", "mask=real[:, None]"),
     "block gradient reads past the tokens": ("(m < tokens)[:, None] & (n < width)[None, :]", "(n < width)[None, :]"),
     "a frozen row too many": ("tl.where(r < old_rank,", "tl.where(r <= old_rank,"),
-    "the gate of the next row": ("scale_ptr + group * rank + r, mask=r < rank", "scale_ptr + r, mask=r < rank"),
+    "the scale of the next row": ("scale_ptr + group * rank + r, mask=r < rank", "scale_ptr + r, mask=r < rank"),
     "a partial sum forgotten": ("tl.static_range(1, SPLITS)", "tl.static_range(2, SPLITS)"),
     "a column of y not written": (
         "tl.store(y_ptr + row * width + at, acc.to(y_ptr.dtype.element_ty), mask=inside)",
@@ -166,7 +166,7 @@ def test_a_wrong_number_fails_the_check(capsys: pytest.CaptureFixture[str]) -> N
     assert "FAILED" in capsys.readouterr().out
 
 
-def test_a_spill_fails_the_gate() -> None:
+def test_a_spill_fails_the_check() -> None:
     variant = next(v for v in compile_check.variants() if v.dtype == "fp16")
     good = compile_check.Compiled(variant, 90, 100, 0, 0, 1024, 4, 8)
     assert good.faults == []
