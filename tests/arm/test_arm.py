@@ -1,4 +1,4 @@
-"""ARM: the new task gets its weight and keeps it, old tasks keep their attention, and the Trainer sees one clean gradient."""
+"""ARM: a new task gets its weight, old tasks keep their attention, and the Trainer sees one clean gradient."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ OP = torch.ops.peft_sapt.scaled_lora.default
 FORMS = {
     "frozen and new": lambda: (leaf(12, 7), leaf(12, 5), leaf(6, 7, grad=False), leaf(6, 5, grad=False), leaf(2, 7),
                                leaf(2, 5), leaf(3, 8)),
-    "new alone, a scale per token": lambda: (leaf(12, 7), leaf(12, 5), None, None, leaf(2, 7), leaf(2, 5), leaf(12, 2)),
+    "new, a scale per token": lambda: (leaf(12, 7), leaf(12, 5), None, None, leaf(2, 7), leaf(2, 5), leaf(12, 2)),
     "frozen alone": lambda: (leaf(12, 7), leaf(12, 5), leaf(6, 7), leaf(6, 5), None, None, leaf(3, 6)),
 }  # fmt: skip
 

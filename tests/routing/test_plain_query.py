@@ -69,7 +69,9 @@ def test_weights_in_training_are_those_of_inference(family: str, router: str, bl
     assert torch.equal(pool.train().attention_weights(**batch), inference)
     hooks, seen = pool.base_model.hooks, []
     hooks.state.use, use = lambda mixture: (seen.append(mixture.weights.detach()), use(mixture)), hooks.state.use
-    labels = torch.full((len(ROWS), 2), 5) if task_type == "SEQ_2_SEQ_LM" else torch.full_like(batch["input_ids"], -100)
+    labels = (
+        torch.full((len(ROWS), 2), 5) if task_type == "SEQ_2_SEQ_LM" else torch.full_like(batch["input_ids"], -100)
+    )
     hooks.router_of("default").ready = {"default": "c"}  # a router that is solved counts as fitted
     pool(**batch, labels=labels)
     torch.testing.assert_close(seen[0], inference)
