@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,8 +30,6 @@ from .routing.generation import check_prompt_generation, generation_mixture, hel
 from .routing.hooks import SAPT_ARGUMENTS, RoutingHooks
 from .routing.install import install, memory_on, put_aside, uninstall
 from .routing.prompts import checked_token_dim, embedding_weight
-
-Shares = Mapping[str, float] | Sequence[float] | Tensor
 
 
 class SaptModel(BaseTuner):
@@ -224,7 +222,7 @@ class SaptModel(BaseTuner):
         """
         exchange.export_task(self.pool, name, folder)
 
-    def export_mixture(self, weights: Shares, folder: str | os.PathLike) -> None:
+    def export_mixture(self, weights: exchange.Shares, folder: str | os.PathLike) -> None:
         """Write a fixed mixture of tasks as one plain LoRA adapter; exact, as its rank is the sum of the ranks.
 
         ``sum_t w_t s_t B_t A_t = B A`` with the A_t stacked and the columns of B_t scaled by w_t s_t (in float32).

@@ -18,7 +18,7 @@ from ..errors import ConfigFileError, PickleError, SaptError, SaveError
 from ..hub.card import clean_card, write_card
 from ..hub.card_text import is_hub_like
 from ..storage.atomic import config_text, share, write_atomically
-from ..storage.manifest import manifest_of
+from ..storage.manifest import manifest_of, other_fields
 
 MAX_CONFIG = 8 * 2**20  # bytes
 RUNTIME = ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version")  # of a load
@@ -81,8 +81,8 @@ def reconciled(config: C, manifest: dict[str, Any], folder: Path) -> C:
     saved = manifest.get("config")
     if not isinstance(saved, dict) or manifest.get("save_id") == config.save_id:
         return config
-    if config.save_id is None and fits(config, manifest):  # written before the weights, as transformers does
-        return config
+    if config.save_id is None and not other_fields(manifest, described(config)):
+        return config  # it was written before the weights, as transformers does
     warnings.warn(
         f"{folder / CONFIG_NAME} is of another save than {SAFETENSORS_WEIGHTS_NAME} beside it: the weights "
         "decide. Save the pool again to bring them together.",
@@ -199,13 +199,7 @@ def save_id_of(config: SaptConfig, weights: Path) -> str | None:
         return None
     if manifest is None:
         return config.save_id
-    return manifest.get("save_id") if fits(config, manifest) else None
-
-
-def fits(config: SaptConfig, manifest: dict[str, Any]) -> bool:
-    """Whether a weights file with this manifest holds what ``config`` describes."""
-    values = json.loads(config_text(described(config)))
-    return all(manifest.get(name) == value for name, value in values.items())
+    return None if other_fields(manifest, described(config)) else manifest.get("save_id")
 
 
 def described(config: SaptConfig) -> dict[str, Any]:

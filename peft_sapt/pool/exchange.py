@@ -19,6 +19,8 @@ from ..storage.prompt_folder import read_prompt, write_prompt
 from .lifecycle import add_task
 from .view import Pool
 
+Shares = Mapping[str, float] | Sequence[float] | Tensor  # one number per task, or by name
+
 
 def export_task(pool: Pool, name: str, folder: str | os.PathLike) -> None:
     """See [`SaptModel.export_task`]."""
@@ -32,9 +34,7 @@ def export_task(pool: Pool, name: str, folder: str | os.PathLike) -> None:
     write_lora(folder, lora_config(pool, rank, alpha, use_rslora=config.use_rslora), factors, saved_modules(pool))
 
 
-def export_mixture(
-    pool: Pool, weights: Mapping[str, float] | Sequence[float] | Tensor, folder: str | os.PathLike
-) -> None:
+def export_mixture(pool: Pool, weights: Shares, folder: str | os.PathLike) -> None:
     """See [`SaptModel.export_mixture`]."""
     pool.refuse_sharded("export_mixture")
     config, chosen = pool.config, chosen_weights(pool, weights)
@@ -125,7 +125,7 @@ def after_import(pool: Pool) -> None:
     pool.refresh_trainable()
 
 
-def chosen_weights(pool: Pool, weights: Mapping[str, float] | Sequence[float] | Tensor) -> list[float]:
+def chosen_weights(pool: Pool, weights: Shares) -> list[float]:
     """``weights`` as one number per task."""
     if isinstance(weights, Mapping):
         chosen = [0.0] * len(pool.tasks)

@@ -84,8 +84,8 @@ def without_hooks(module: nn.Module) -> nn.Module:
     """A shallow copy of ``module`` in eval mode, without hooks, on the same parameters; ``module`` stays as it is."""
     bare = copy.copy(module)
     bare._parameters = dict(module._parameters)
-    for name in list(vars(bare)):
-        if name.endswith("_hooks") or name.endswith("_hooks_with_kwargs") or name.endswith("_hooks_always_called"):
+    for name, value in list(vars(bare).items()):
+        if "_hooks" in name and isinstance(value, dict):
             setattr(bare, name, OrderedDict())
     bare.training = False
     bare._modules = {name: None if child is None else without_hooks(child) for name, child in module._modules.items()}

@@ -81,7 +81,7 @@ class RidgeRouter(Router):
     @staticmethod
     def log_weights_of(state: Mapping[str, Tensor], config: SaptConfig, pooled: Tensor) -> Tensor:
         """Log of softmax(scores / temperature) over the tasks that the router has seen, float32; uniform if none."""
-        scores = ridge.features(pooled) @ state["sapt_solved"].double().mT
+        scores = scores_of(pooled, state["sapt_solved"])
         return score_log_weights(scores, means_in(state), softmax_temperature(state["sapt_temperatures"]))
 
     @classmethod
@@ -96,7 +96,7 @@ class RidgeRouter(Router):
 
     def scores(self, adapter: str, pooled: Tensor) -> Tensor:
         """How much each prompt looks like each task, about 1 for its own and 0 for others: [..., d] -> [..., T]."""
-        return ridge.features(pooled) @ self.sapt_solved[adapter].weight.data.double().mT
+        return scores_of(pooled, self.sapt_solved[adapter].weight.data)
 
     def temperature(self, adapter: str) -> Tensor:
         """Of the softmax, a float64 scalar."""
@@ -132,7 +132,6 @@ class RidgeRouter(Router):
             )
         self.ready[adapter] = task
 
-    @torch.no_grad()
     def check_fit(self, adapter: str) -> None:
         if self.is_fitted(adapter):
             raise TaskError(
@@ -140,6 +139,7 @@ class RidgeRouter(Router):
                 "be replaced: remove_task and add_task start it over."
             )
 
+    @torch.no_grad()
     def fit(self, adapter: str, pooled: Tensor) -> None:
         """Add the sums of the newest task's prompts [n, d], solve, calibrate; older tasks' sums keep their bytes."""
         x, gram = ridge.features(pooled), self.sapt_gram[adapter].weight.data
@@ -179,6 +179,11 @@ def means_in(state: Mapping[str, Tensor]) -> Tensor:
 
 def seen_in(means: Tensor) -> list[bool]:
     return (means[:, -1] != 0).tolist()
+
+
+def scores_of(pooled: Tensor, solved: Tensor) -> Tensor:
+    """Features of prompts [..., d] times the regression [T, d + 1]: [..., T], float64."""
+    return ridge.features(pooled) @ solved.double().mT
 
 
 def softmax_temperature(calibrated: Tensor) -> Tensor:

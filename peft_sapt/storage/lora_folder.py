@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ..errors import LoraFolderError
+from ..errors import LoraFolderError, SaptError
 from ..version import METHOD
 from .atomic import config_text, read_bounded, write_atomically
 
@@ -63,16 +63,28 @@ def write_lora(
         LoraFolderError: ``folder`` is a file, or holds a pool.
         OSError: it cannot be written.
     """
-    target = Path(folder)
-    if target.is_file():
-        raise LoraFolderError(f"{target} is a file: give a folder for the LoRA adapter.")
-    if holds_a_pool(target / CONFIG_NAME):
-        raise LoraFolderError(f"{target} holds a SAPT pool, which this would overwrite: give another folder.")
-    target.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in (extra or {}).items()}
     for module, (a, b) in factors.items():
         state[KEY.format(module=module, part="lora_A")] = a.detach().cpu().contiguous()
         state[KEY.format(module=module, part="lora_B")] = b.detach().cpu().contiguous()
+    write_adapter(folder, config, state, "LoRA adapter", LoraFolderError)
+
+
+def write_adapter(
+    folder: str | os.PathLike, config: PeftConfig, state: dict[str, Tensor], what: str, error: type[SaptError]
+) -> None:
+    """Write a plain adapter of PEFT, weights, then config, each by rename.
+
+    Raises:
+        SaptError: an ``error`` that says ``what`` cannot go there: ``folder`` is a file, or holds a pool.
+        OSError: it cannot be written.
+    """
+    target = Path(folder)
+    if target.is_file():
+        raise error(f"{target} is a file: give a folder for the {what}.")
+    if holds_a_pool(target / CONFIG_NAME):
+        raise error(f"{target} holds a SAPT pool, which this would overwrite: give another folder.")
+    target.mkdir(parents=True, exist_ok=True)
     write_atomically(target / SAFETENSORS_WEIGHTS_NAME, save(state, metadata={"format": "pt"}))
     write_atomically(target / CONFIG_NAME, config_text(config.to_dict()))
 

@@ -205,6 +205,11 @@ def differences(manifest: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor
     return Differences(sorted(left), sorted(unknown), sorted(changed))
 
 
+def other_fields(manifest: Mapping[str, Any], described: Mapping[str, Any]) -> list[str]:
+    """Names of what a pool ``described`` (see [`build_manifest`]) has otherwise than the file with this manifest."""
+    return [name for name, mine in described.items() if manifest.get(name) != mine]
+
+
 def check_loaded(manifest: Mapping[str, Any], described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Compare a manifest with the pool that is about to take ``tensors`` (by their names in the file).
 
@@ -215,13 +220,12 @@ def check_loaded(manifest: Mapping[str, Any], described: Mapping[str, Any], tens
         PoolFormatError: tasks, ranks, scalings or replay rows differ. Nothing has been loaded then.
         MissingTensorError, UnknownTensorError, ChangedTensorError: of the tensors.
     """
-    for name, mine in described.items():
-        if manifest.get(name) != mine:
-            raise PoolFormatError(
-                f"The weights file holds {name} {manifest.get(name)}, the pool they are loaded into has {mine}. "
-                "Restore the adapter_config.json that was saved with these weights, or (resuming a checkpoint) first "
-                "bring the pool to the same state with from_pretrained, add_task or reopen_task."
-            )
+    for name in other_fields(manifest, described):
+        raise PoolFormatError(
+            f"The weights file holds {name} {manifest.get(name)}, the pool they are loaded into has "
+            f"{described[name]}. Restore the adapter_config.json that was saved with these weights, or (resuming a "
+            "checkpoint) first bring the pool to the same state with from_pretrained, add_task or reopen_task."
+        )
     missing, unknown, changed = differences(manifest, tensors.items())
     if missing and not accepted("missing_tensors"):
         raise MissingTensorError(f"The weights file lacks {missing[:5]} (first five of {len(missing)}): {SAID}.")

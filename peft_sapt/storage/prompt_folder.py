@@ -9,12 +9,12 @@ from pathlib import Path
 from peft import PromptTuningConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
 from ..errors import PromptFolderError
-from .atomic import config_text, read_bounded, write_atomically
-from .lora_folder import holds_a_pool
+from .atomic import read_bounded
+from .lora_folder import write_adapter
 
 KEY = "prompt_embeddings"
 
@@ -29,12 +29,6 @@ def write_prompt(folder: str | os.PathLike, prompt: Tensor, task_type: str | Non
         PromptFolderError: ``folder`` is a file, or holds a pool.
         OSError: it cannot be written.
     """
-    target = Path(folder)
-    if target.is_file():
-        raise PromptFolderError(f"{target} is a file: give a folder for the soft prompt.")
-    if holds_a_pool(target / CONFIG_NAME):
-        raise PromptFolderError(f"{target} holds a SAPT pool, which this would overwrite: give another folder.")
-    target.mkdir(parents=True, exist_ok=True)
     config = PromptTuningConfig(
         task_type=task_type,
         base_model_name_or_path=base,
@@ -44,8 +38,7 @@ def write_prompt(folder: str | os.PathLike, prompt: Tensor, task_type: str | Non
         inference_mode=True,
     )
     state = {KEY: prompt.detach().cpu().contiguous()}
-    write_atomically(target / SAFETENSORS_WEIGHTS_NAME, save(state, metadata={"format": "pt"}))
-    write_atomically(target / CONFIG_NAME, config_text(config.to_dict()))
+    write_adapter(folder, config, state, "soft prompt", PromptFolderError)
 
 
 def read_prompt(folder: str | os.PathLike, length: int, width: int) -> Tensor:
