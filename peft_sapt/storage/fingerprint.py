@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
+from collections import defaultdict
 from collections.abc import Container
 from typing import Any
 
@@ -17,8 +19,9 @@ from torch import Tensor, nn
 
 from ..errors import PoolFormatError
 
-TENSORS = 8  # sampled, evenly spaced over the base's floating-point parameters
-VALUES = 32  # of each
+LAYERS = 8  # sampled of each kind of tensor, the first and the last among them
+VALUES = 8  # of each tensor
+MOST = 64  # values of a tensor that a file may hold
 RELATIVE = 2.0**-7  # two roundings to bfloat16 are 2^-8; fine-tuning moves some of so many numbers further
 ABSOLUTE = 1e-6
 ADAPTER_PARTS = ("sapt_", "modules_to_save", "original_module", "lora_", "_flat_param")
@@ -46,22 +49,26 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def sampled(tensor: Tensor, count: int) -> list[float]:
-    """``VALUES`` entries, evenly spaced over the first ``count`` ones in the order of memory."""
-    places = torch.linspace(0, count - 1, min(VALUES, count), dtype=torch.float64).long()
+def kind_of(name: str) -> str:
+    """What a tensor is, whatever the layer (and expert) that it is in: its name without the numbers."""
+    return re.sub(r"\d+", "#", name)
+
+
+def sampled(tensor: Tensor, count: int, values: int) -> list[float]:
+    """At most ``values`` entries, evenly spaced over the first ``count`` ones in the order of memory."""
+    places = torch.linspace(0, count - 1, min(values, count), dtype=torch.float64).long()
     return [float(f"{value:.5g}") for value in tensor.reshape(-1)[places.to(tensor.device)].float().tolist()]
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:
-    """Sampled numbers of up to eight tensors of ``model``'s base, by name; empty where none lies here in whole."""
-    tensors = base_tensors(model)
-    names = sorted(tensors)
-    step = max(1, len(names) // (TENSORS - 1))
-    picked = names[::step][: TENSORS - 1]
-    embedding = next((name for name in names if "embed" in name or "wte" in name or "shared" in name), None)
-    picked += [embedding] if embedding is not None and embedding not in picked else []
+    """Sampled numbers of every kind of tensor of ``model``'s base in up to eight layers, by name; empty where none
+    lies here in whole. What has been merged into one kind alone, or into some layers alone, then shows."""
+    tensors, kinds = base_tensors(model), defaultdict(list)
+    for name in tensors:
+        kinds[kind_of(name)].append(name)
+    picked = {names[i * (len(names) - 1) // (LAYERS - 1)] for names in kinds.values() for i in range(LAYERS)}
     return {
-        name: {"shape": list(tensors[name].shape), "values": sampled(tensors[name], tensors[name].numel())}
+        name: {"shape": list(tensors[name].shape), "values": sampled(tensors[name], tensors[name].numel(), VALUES)}
         for name in sorted(picked)
     }
 
@@ -81,7 +88,7 @@ def checked(found: object) -> Fingerprint:
             raise PoolFormatError(DAMAGED)
         if not (isinstance(values, list) and all(isinstance(value, float) for value in values)):
             raise PoolFormatError(DAMAGED)
-        if len(values) != min(VALUES, math.prod(shape)):
+        if not 0 < len(values) <= min(MOST, math.prod(shape)):
             raise PoolFormatError(DAMAGED)
     return found
 
@@ -98,7 +105,7 @@ def differing(found: Fingerprint, model: nn.Module, brought: Container[str] = ()
         shape, values, tensor = list(known["shape"]), known["values"], here.get(name)
         if tensor is None or name in brought or list(tensor.shape[1:]) != shape[1:] or len(tensor) < shape[0]:
             continue
-        now, then = torch.tensor(sampled(tensor, math.prod(shape))), torch.tensor(values)
+        now, then = torch.tensor(sampled(tensor, math.prod(shape), len(values))), torch.tensor(values)
         near = (now - then).abs() <= ABSOLUTE + RELATIVE * then.abs()
         if not bool((near | (now == then) | (now.isnan() & then.isnan())).all()):
             return name
