@@ -19,11 +19,13 @@ from .optimizer import create_optimizer, optimizer_groups  # noqa: E402
 from .pool.model_methods import keep_cards_of  # noqa: E402
 from .pool.save_pool import locked, save_pool  # noqa: E402
 from .registration import register  # noqa: E402
+from .routing.optimizers import watch_optimizers  # noqa: E402
 from .storage.overrides import accept  # noqa: E402
 from .version import __version__  # noqa: E402
 
 register(SaptConfig, SaptModel)
 keep_cards_of(SaptModel)
+watch_optimizers()
 
 __all__ = [
     "ArmCallback",

@@ -14,9 +14,29 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 
 from .errors import ConfigFileError, SaptError, TaskError
 from .ops.dispatch import KERNELS
-from .validation import check_task_name, checked_records, is_int, is_number, is_positive
+from .validation import check_task_name, checked_records, is_int, is_number, is_positive, is_token_list
 from .version import METHOD
 
+OPTIONS = (
+    "top_k",
+    "min_weight",
+    "fallback",
+    "kernel",
+    "old_block_gradient",
+    "answer_header",
+)  # of a pool, at any time
+# what the pool follows when its user's config is changed: these, and what the next task or save takes from it
+FOLLOWED = (
+    *OPTIONS,
+    "inference_mode",
+    "r",
+    "lora_alpha",
+    "init_weights",
+    "temperature",
+    "ridge",
+    "revision",
+    "base_model_name_or_path",
+)
 FILLED_IN: Any = None  # default of fields that have a value for each task, once the config is made
 
 
@@ -116,6 +136,13 @@ class SaptConfig(PeftConfig):
             "does."
         },
     )
+    answer_header: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Token ids that begin each answer of a chat (a template's assistant header): the query ends with "
+            "the first one, in training and inference. Needed for training on chats of several turns."
+        },
+    )
     pool_padding: bool = field(
         default=False,
         metadata={
@@ -171,13 +198,14 @@ class SaptConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]  # PEFT keeps names in sets
         if self.layers_pattern and self.layers_to_transform is None:
             raise SaptError("layers_pattern is given without layers_to_transform: give both, or neither.")
-        self._check_ranges()
+        self.check_ranges()
         self._check_tasks()
         self._check_auto_mapping()
         if self.block == "prompt":
             self._check_prompt()
 
-    def _check_ranges(self) -> None:
+    def check_ranges(self) -> None:
+        """Raises [`SaptError`] for a field outside its range."""
         from .routing import ROUTERS  # whose classes take this one
 
         checks: list[tuple[str, bool, str]] = [
@@ -191,6 +219,7 @@ class SaptConfig(PeftConfig):
             ("fallback", self.fallback is None or is_number(self.fallback), "a number or None"),
             ("query_dim", is_int(self.query_dim) and self.query_dim > 0, "a positive int"),
             ("query_activation", self.query_activation in ("after", "between"), "'after' or 'between'"),
+            ("answer_header", is_token_list(self.answer_header), "a non-empty list of token ids or None"),
             ("top_k", self.top_k is None or (is_int(self.top_k) and self.top_k > 0), "a positive int or None"),
             ("min_weight", is_number(self.min_weight) and 0 <= self.min_weight < 1, "a number in [0, 1)"),
             ("kernel", self.kernel in KERNELS, f"one of {list(KERNELS)}"),

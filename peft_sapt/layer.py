@@ -126,10 +126,12 @@ class Linear(nn.Module, SaptLayer):
         config: SaptConfig,
         state: ForwardState,
         name: str = "a SAPT layer",
+        tower: str | None = None,
     ) -> None:
         super().__init__()
         SaptLayer.__init__(self, base_layer, state)
         self.name = name  # in the base model, for messages
+        self.tower = tower  # the part of the base model that it is in, if its rows are not the prompts'
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
@@ -148,6 +150,8 @@ class Linear(nn.Module, SaptLayer):
             return base
         if self.quantization_backend is not None:
             base = self.quantization_backend.maybe_clone_base_result(base)
+        if torch.is_grad_enabled():
+            self.check_frozen(adapter)
         scales = self.scales_for(x)  # [B, R]
         config = self.configs[adapter]
         a, b = self.sapt_A[adapter].weight, self.sapt_B[adapter].weight
@@ -158,8 +162,9 @@ class Linear(nn.Module, SaptLayer):
         if mixture is not None:
             factors = mixture.factors(self, (old_a, old_b, a, b))
         new_x = self.sapt_dropout[adapter](x) if adapter in self.sapt_dropout and self.training else None
+        scales = factors[-1] if len(factors[-1]) == len(x) else factors[-1][:1].expand(len(x), -1)
         result = scaled_lora(
-            x, base, *factors[:-1], factors[-1].to(x.device),  # of a model spread over devices
+            x, base, *factors[:-1], scales.to(x.device),  # of a model spread over devices
             old_gradient=config.old_block_gradient, new_x=new_x, kernel=config.kernel,
         )  # fmt: skip
         return result.to(base.dtype)
@@ -184,11 +189,8 @@ class Linear(nn.Module, SaptLayer):
                 "whole model. (Activation checkpointing other than transformers' own reruns layers alone: use "
                 "model.gradient_checkpointing_enable() instead.)"
             )
-        if scales.shape[0] != x.shape[0]:
-            raise WeightsError(
-                f"{self.name} got {x.shape[0]} rows, but attention weights for {scales.shape[0]}: its module mixes or "
-                "flattens rows (a router or expert of an MoE block). Take it out of target_modules."
-            )
+        if scales.shape[0] != x.shape[0] or not (self.tower is None or self.forward_state.rows_agree):
+            self.refuse_other_rows(scales, x)
         if scales.dim() == 3 and scales.shape[1] != x.shape[1]:
             raise WeightsError(
                 f"{self.name} got {x.shape[1]} positions, but attention weights for {scales.shape[1]}: packed rows "
@@ -196,12 +198,27 @@ class Linear(nn.Module, SaptLayer):
             )
         return scales
 
+    def refuse_other_rows(self, scales: Tensor, x: Tensor) -> None:
+        """Raises [`WeightsError`] unless one mixture holds for all rows, of whatever ``x`` has them."""
+        if scales.dim() == 2 and bool((scales == scales[:1]).all()):
+            return
+        cause = "takes tokens of all rows at once, as an expert or a router does, or cuts rows into several"
+        if self.tower is not None:
+            cause = f"is a part of {self.tower}, whose rows are images or sound"
+        raise WeightsError(
+            f"{self.name} got {x.shape[0]} rows for {scales.shape[0]} prompts with weights of their own, so those of "
+            f"its rows are unknown: it {cause}. Take it out of target_modules (exclude_modules), give one prompt at a "
+            "time, or one mixture for all with sapt_task=name or sapt_weights=[T]."
+        )
+
     def __repr__(self) -> str:
         return "sapt." + super().__repr__()
 
 
-def layer_around(target: nn.Module, adapter: str, config: SaptConfig, state: ForwardState, name: str) -> Linear:
-    """The layer in place of ``target``, the base model's module ``name``.
+def layer_around(
+    target: nn.Module, adapter: str, config: SaptConfig, state: ForwardState, name: str, tower: str | None = None
+) -> Linear:
+    """The layer in place of ``target``, the base model's module ``name`` in its part ``tower``, see [`tower_of`].
 
     Raises:
         SaptError: it is no linear layer.
@@ -212,7 +229,7 @@ def layer_around(target: nn.Module, adapter: str, config: SaptConfig, state: For
             f"Module {name!r} of type {type(base).__name__} cannot be adapted: SAPT takes nn.Linear, Conv1D and the "
             "quantised linear layers that PEFT knows. Take it out of target_modules."
         )
-    return Linear(target, adapter, config, state, name)
+    return Linear(target, adapter, config, state, name, tower)
 
 
 def takes_as_linear(module: nn.Module) -> bool:

@@ -5,7 +5,6 @@ What the calls on a pool do stands in ``pool/``, how a prompt finds its blocks i
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,16 +19,19 @@ from .config import SaptConfig
 from .errors import SaptError, TaskError
 from .layer import SaptLayer, layer_around
 from .pool import exchange, lifecycle, warm_start
-from .pool.refusals import NO_ADAPTER_NAMES, NO_BATCH, NO_MERGE
+from .pool.own_config import prepare_given
+from .pool.refusals import NO_ADAPTER_NAMES, NO_BATCH, NO_MERGE, POOL_IN_POOL
 from .pool.state_dict import checked_state, keep_dtypes, with_manifest
 from .pool.view import Batches, Pool
 from .pool_module import PoolModule
 from .routing import AttentionRouter, Router
 from .routing.forward_state import ForwardState
-from .routing.generation import check_prompt_generation, generation_mixture, held, may_generate
+from .routing.generation import check_prompt_generation, generation_mixture, held
 from .routing.hooks import SAPT_ARGUMENTS, RoutingHooks
 from .routing.install import install, memory_on, put_aside, uninstall
-from .routing.prompts import checked_token_dim, embedding_weight
+from .routing.memory import TaskMemory
+from .routing.prompts import embedding_weight
+from .routing.towers import tower_of
 
 
 class SaptModel(BaseTuner):
@@ -59,7 +61,7 @@ class SaptModel(BaseTuner):
         active, hooks = self.active_adapters, self.hooks
         if len(active) != 1:
             raise TaskError(f"{len(active)} adapters are active: choose one pool with set_adapter(name).")
-        config = self.peft_config[active[0]]
+        config = hooks.config_of(active[0])
         return Pool(self.model, active[0], config, hooks.router_of(active[0]), hooks.memory, hooks)
 
     @property
@@ -262,18 +264,17 @@ class SaptModel(BaseTuner):
     ) -> None:
         if adapter_name.isdigit():
             raise SaptError(f"Adapter name {adapter_name!r} is all digits, which PEFT confuses with layer indices.")
-        # the pool grows by changing its config, so it must not be the caller's object
-        given = self.peft_config[adapter_name]
-        config = self.peft_config[adapter_name] = copy.deepcopy(given)
-        if config.task_type in ("TOKEN_CLS", "QUESTION_ANS"):
-            # PEFT adds the head to the caller's object, after this: one list for both
-            given.modules_to_save = config.modules_to_save = given.modules_to_save or []
-        embedding = embedding_weight(model)
-        config.token_dim = checked_token_dim(config.token_dim, embedding)
+        if any(
+            isinstance(m, TaskMemory) and (m.hooks.base is not model or m.holds(adapter_name)) for m in model.modules()
+        ):
+            raise SaptError(POOL_IN_POOL)
+        embedding, given = embedding_weight(model), self.peft_config[adapter_name]
+        config = self._own_config = prepare_given(given, embedding)
         memory = memory_on(model)
         self._state: ForwardState = ForwardState() if memory is None else memory.hooks.state
         with put_aside(model):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        config.target_modules = given.target_modules  # found by PEFT in the meantime
         install(model, self._state, adapter_name, config, self.active_adapters, embedding, on_meta=low_cpu_mem_usage)
 
     def _create_and_replace(  # type: ignore[override]  # as all of PEFT's tuners narrow the config
@@ -286,10 +287,12 @@ class SaptModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        config = self._own_config
         if isinstance(target, SaptLayer):
-            target.update_layer(adapter_name, peft_config)
+            target.update_layer(adapter_name, config)
             return
-        layer = layer_around(target, adapter_name, peft_config, self._state, current_key)
+        tower = tower_of(self.model, current_key)
+        layer = layer_around(target, adapter_name, config, self._state, current_key, tower)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -319,12 +322,7 @@ class SaptModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
             raise SaptError(NO_ADAPTER_NAMES)
-        adapter = self._routing_adapter()
-        if adapter is None or not may_generate(self.hooks, adapter, kwargs):
-            yield
-            return
-        with held(self._state, generation_mixture(self.hooks, adapter, args, kwargs)):
-            yield
+        yield
 
     def _routing_adapter(self) -> str | None:
         """The adapter that routes now; None also while PEFT has not finished building the model."""

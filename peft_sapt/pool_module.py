@@ -17,6 +17,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .config import SaptConfig
+from .errors import TrainingError
 
 Linears = MutableMapping[str, nn.Linear]  # what an nn.ModuleDict of them is to a reader
 
@@ -46,11 +47,50 @@ def unshard(weight: Tensor) -> Tensor:
     return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
+def input_embeddings(model: nn.Module) -> nn.Module | None:
+    """The module with the token embeddings of ``model``; None if it has none, or does not tell."""
+    try:
+        table: nn.Module | None = model.get_input_embeddings()  # type: ignore[operator]  # caught if there is none
+    except (AttributeError, NotImplementedError):
+        return None
+    return table
+
+
 def linear_from(weight: Tensor, trainable: bool = False) -> nn.Linear:
     """An nn.Linear without bias around ``weight`` [out, in]; sharding libraries gather modules, not bare tensors."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight.detach().contiguous(), requires_grad=trainable)
     return layer
+
+
+SUCCESSOR = "_sapt_successor"  # on a parameter that was replaced: the one in its place
+_replaced = [0]
+
+
+def replace_part(containers: Linears, adapter: str, weight: Tensor) -> None:
+    """Put ``weight`` in the place of a part; what was there, and an optimizer may hold, then knows its successor."""
+    before = containers[adapter].weight
+    containers[adapter] = linear_from(weight)
+    setattr(before, SUCCESSOR, containers[adapter].weight)
+    _replaced[0] += 1
+
+
+def replacements() -> int:
+    """How often a part was replaced in this process."""
+    return _replaced[0]
+
+
+def latest_of(parameter: Tensor) -> Tensor:
+    """The parameter that is now in the place of ``parameter``; itself if it was never replaced."""
+    while (successor := getattr(parameter, SUCCESSOR, None)) is not None:
+        parameter = successor
+    return parameter
+
+
+UNFROZEN = (
+    "{part} of {where} has requires_grad=True, but holds what committed tasks have learned, which never changes. "
+    "Leave requires_grad as the pool sets it: model.base_model.set_adapter(name) does so again."
+)
 
 
 class PoolModule(BaseTunerLayer):
@@ -106,6 +146,24 @@ class PoolModule(BaseTunerLayer):
             self.set_adapter(self.active_adapters, inference_mode=bool(self.configs[adapter].inference_mode))
         self._freeze_non_trainable_peft_weights()
 
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """As in PEFT; parts that never train are frozen again, whoever opened them."""
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        for name in self.other_param_names:
+            getattr(self, name).requires_grad_(False)
+
+    def check_frozen(self, adapter: str) -> None:
+        """Raises [`TrainingError`] if a part that must keep its bytes would train, as after a user's own
+        ``requires_grad_(True)``."""
+        names = self.other_param_names
+        if adapter in self.frozen_peft_weight_names:
+            names = names + self.adapter_layer_names
+        for name in names:
+            containers = getattr(self, name)
+            if adapter in containers and any(p.requires_grad for p in containers[adapter].parameters()):
+                where = getattr(self, "name", "the base model")
+                raise TrainingError(UNFROZEN.format(part=f"{name}.{adapter}", where=where))
+
     def append_task(self, adapter: str, newest: dict[str, Tensor]) -> None:
         """Move the newest part onto the frozen stack and put ``newest`` in its place, frozen."""
         for name, old_name in self.stacks.items():
@@ -113,7 +171,7 @@ class PoolModule(BaseTunerLayer):
             parts = [stack[adapter].weight.data] if adapter in stack else []
             parts.append(current[adapter].weight.data)
             stack[adapter] = linear_from(torch.cat(parts))
-            current[adapter] = linear_from(newest[name])
+            replace_part(current, adapter, newest[name])
 
     def drop_part(self, adapter: str, index: int, sizes: list[int]) -> None:
         """Take part ``index`` out of the pool; ``sizes`` are the extents of all parts, oldest first.
@@ -124,7 +182,7 @@ class PoolModule(BaseTunerLayer):
             parts = self.parts(name, adapter, sizes)
             del parts[index]
             current, stack = getattr(self, name), getattr(self, old_name)
-            current[adapter] = linear_from(parts.pop().clone())
+            replace_part(current, adapter, parts.pop().clone())
             if parts:
                 stack[adapter] = linear_from(torch.cat(parts))
             else:
@@ -169,6 +227,16 @@ class FreePoolModule(nn.Module, PoolModule):
         return self.weight.device
 
     @property
+    def in_features(self) -> int:
+        """Width of a pooled prompt, which PEFT's tools ask every tuner layer for."""
+        return max((config.token_dim or 0 for config in self.configs.values()), default=0)
+
+    @property
+    def out_features(self) -> int:
+        """Tasks of the largest pool."""
+        return max((len(config.tasks) for config in self.configs.values()), default=0)
+
+    @property
     def bias(self) -> None:  # type: ignore[override]  # no layer, so no bias
         return None
 
@@ -177,8 +245,7 @@ class FreePoolModule(nn.Module, PoolModule):
         base = None if self.hooks is None else self.hooks.base
         if base is None:
             return None
-        asked = getattr(base, "get_input_embeddings", None)
-        table = asked() if callable(asked) else None
+        table = input_embeddings(base)
         found: Tensor | None = next(iter((base if table is None else table).parameters()), None)
         return None if found is None or found.device.type == "meta" else found.device
 

@@ -30,6 +30,11 @@ def is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def is_token_list(value: object) -> bool:
+    """Whether ``value`` is None or a list of token ids that is not empty."""
+    return value is None or (isinstance(value, list) and bool(value) and all(is_int(v) and v >= 0 for v in value))
+
+
 def check_task_name(name: object) -> str:
     """Return ``name`` if it can name a task, else raise [`TaskError`].
 

@@ -208,7 +208,7 @@ def test_a_layer_called_alone_or_rerun_by_foreign_checkpointing(model) -> None:
     with pytest.raises(WeightsError, match="outside of the model's own forward"):
         layer(torch.randn(2, 3, 64))
     with pytest.raises(WeightsError, match="rows"):
-        model.base_model.hooks.state.use(Mixture("default", torch.ones(3, 3) / 3, model.peft_config["default"]))
+        model.base_model.hooks.state.use(Mixture("default", torch.eye(3), model.peft_config["default"]))
         layer(torch.randn(2, 3, 64))
     model.base_model.hooks.state.clear()
     segment = model.base_model.model.model.layers[0]

@@ -203,8 +203,11 @@ class Flattening(nn.Module):
 
 def test_layers_that_flatten_rows_are_refused_by_name() -> None:
     model = get_peft_model(Flattening(), SaptConfig(target_modules=["gate"], token_dim=4, tasks=["a", "b"]))
-    with pytest.raises(WeightsError, match=r"gate got 15 rows, but attention weights for 3.*target_modules"):
-        model(torch.randn(3, 5, 12), sapt_weights=[0.5, 0.5])
+    x = torch.randn(3, 5, 12)
+    with pytest.raises(WeightsError, match=r"gate got 15 rows for 3 prompts.*tokens of all rows.*target_modules"):
+        model(x, sapt_weights=torch.eye(2)[[0, 1, 0]])
+    one = model(x, sapt_weights=[0.5, 0.5])
+    torch.testing.assert_close(one[1:2], model(x[1:2], sapt_weights=[0.5, 0.5]))
 
 
 @pytest.mark.parametrize("target", ["gate", "experts"])

@@ -15,7 +15,15 @@ from ..pool.model_methods import check_loads, was_checked
 from ..pool.view import Pool
 from ..pool_module import sharding_of
 from ..storage.checkpoints import mark, refuse_incomplete
-from .checks import check_arguments, check_optimizer, check_task_of_rows, isolated_rng, pool_of, warn_of_fast_attention
+from .checks import (
+    check_arguments,
+    check_optimizer,
+    check_task_of_rows,
+    check_trains,
+    isolated_rng,
+    pool_of,
+    warn_of_fast_attention,
+)
 from .reflection import Reflection
 
 if TYPE_CHECKING:
@@ -60,7 +68,7 @@ class ArmCallback(Reflection, TrainerCallback):
             ``redraw(model, task)`` can draw from it again without data.
         warm_start: start each new block at the mixture of the older ones, see ``SaptModel.warm_start``.
 
-    Attributes:
+    Attributes (of the pool that it worked on last; one callback may serve several):
         reports: per committed task, counts of the drawing ([`PseudoReport`]) as a dict.
         shares: per task, where a warm start began.
         pseudo_samples: per committed task, the texts drawn; ``save_replay(folder)`` writes them.
@@ -92,6 +100,7 @@ class ArmCallback(Reflection, TrainerCallback):
             )
         check_task_of_rows(loader.dataset, pool)
         self.check_pool(pool)
+        check_trains(pool)
         check_optimizer(model, pool, kwargs.get("optimizer"))
         warn_of_fast_attention(pool, kwargs.get("optimizer"))
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
@@ -131,9 +140,11 @@ class ArmCallback(Reflection, TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if logs is None or self.pooled is None or "loss" not in logs:
-            return
         pool = pool_of(kwargs["model"])
+        if logs is None or self.pooled is None or self.opened is None or "loss" not in logs:
+            return
+        if not self.opened.is_of(pool):
+            return
         means = pool.mean_weights(self.pooled).tolist()
         shown = {f"{LOG_PREFIX}{name}": round(mean, 4) for name, mean in zip(pool.tasks, means, strict=True)}
         logs.update(shown)

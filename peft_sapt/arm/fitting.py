@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ReflectionError
-from ..routing.prompt_mask import IGNORED_LABEL, is_encoder_decoder
+from ..routing.notices import IGNORED_LABEL
+from ..routing.prompt_mask import is_encoder_decoder
 from .generator import GeneratorSettings
 
 

@@ -17,10 +17,12 @@ from ..pool import lifecycle, warm_start
 from ..pool.view import Pool
 from ..pool_module import sharding_of
 from ..storage.atomic import write_atomically
+from ..storage.replay_rows import stored_replay
 from .checks import can_generate, isolated_rng, pool_of
 from .generator import GeneratorSettings
 from .guard import Guard
 from .objective import align_attention, attention_loss
+from .ownership import Ledger, Opened
 from .processes import broadcast_from_rank0
 from .pseudo import MIN_PSEUDO_SAMPLES, wanted_count
 from .replay import draw_pseudo_samples, redraw_pseudo_samples
@@ -77,13 +79,27 @@ class Reflection:
         self.generator = GeneratorSettings() if generator is None else generator
         self.allow_copies, self.seed, self.warm_start = allow_copies, seed, warm_start
         self.generator_folder = None if generator_folder is None else Path(generator_folder)
-        self.reports: dict[str, dict[str, object]] = {}
-        self.pseudo_samples: dict[str, list[str]] = {}
-        self.shares: dict[str, dict[str, float]] = {}
+        self.ledger = Ledger()
+        self.opened: Opened | None = None  # the task that prompts and pooled are of
         self.prompts: list[list[int]] = []  # token ids of the current task's prompts
         self.pooled: Tensor | None = None  # [n, d]
         self.rows = 0
         self.guard = Guard()  # watches while the Trainer trains
+
+    @property
+    def reports(self) -> dict[str, dict[str, object]]:
+        """Per task of the pool that was worked on last, counts of the drawing ([`PseudoReport`])."""
+        return self.ledger.last.reports
+
+    @property
+    def pseudo_samples(self) -> dict[str, list[str]]:
+        """Per committed task of the pool that was worked on last, the texts drawn."""
+        return self.ledger.last.texts
+
+    @property
+    def shares(self) -> dict[str, dict[str, float]]:
+        """Per task of the pool that was worked on last, where a warm start began."""
+        return self.ledger.last.shares
 
     def prepare(self, model: Any, batches: Iterable[Mapping[str, Tensor]], seed: int = 0) -> None:
         """What ``on_train_begin`` does, for a loop without the Trainer.
@@ -110,10 +126,8 @@ class Reflection:
         pool = pool_of(model)
         if not pool.router.needs_replay:
             raise ReflectionError(f"router={pool.config.router!r} needs no replay: there is no attention loss to add.")
-        if self.pooled is None:
-            raise ReflectionError(
-                "ArmCallback.penalty() needs the task's prompts: call prepare(model, batches) first."
-            )
+        self.check_opened(pool, "penalty")
+        assert self.pooled is not None
         rows = torch.randperm(len(self.pooled), generator=torch.Generator().manual_seed(seed))[: self.batch_size]
         current = self.pooled[rows.to(self.pooled.device)]
         return attention_loss(pool, current, **self.weights)
@@ -125,18 +139,17 @@ class Reflection:
             ReflectionError: ``prepare`` has not been called, or too few pseudo-samples came; the task stays open then.
         """
         pool = pool_of(model)
-        if self.pooled is None:
-            raise ReflectionError(
-                "ArmCallback.reflect() needs the task's prompts: call prepare(model, batches) first."
-            )
-        name = pool.current_task
+        self.check_opened(pool, "reflect")
+        assert self.pooled is not None
+        lifecycle.refuse_unmoved(pool)
+        name, told = pool.current_task, self.ledger.of(pool)
         learned = pool.router.needs_replay
         kind = "none" if not learned else "real rows" if self.replay == "rows" else "pseudo-samples"
         lifecycle.record_task(pool, name, rows=self.rows, replay=kind)
         if not learned:
-            self.reports[name] = {"wanted": 0, "kept": 0, "router_rows": len(self.pooled)}
+            told.reports[name] = {"wanted": 0, "kept": 0, "router_rows": len(self.pooled)}
             lifecycle.commit_task(pool, self.pooled)
-            self.pooled, self.prompts = None, []
+            self.close()
             return
         wanted = wanted_count(self.rows, self.pseudo_share, self.min_pseudo_samples)
         if len(pool.tasks) > 1 and self.align_steps:
@@ -144,7 +157,8 @@ class Reflection:
         if self.replay == "rows":
             picked = torch.randperm(len(self.pooled), generator=torch.Generator().manual_seed(seed))[:wanted]
             replay: Tensor = self.pooled[picked.to(self.pooled.device)]
-            self.reports[name] = {"wanted": wanted, "kept": len(replay), "real_rows": True}
+            told.reports[name] = {"wanted": wanted, "kept": len(replay), "real_rows": True}
+            told.texts.pop(name, None)
         else:
             drawn = draw_pseudo_samples(
                 model,
@@ -156,12 +170,13 @@ class Reflection:
                 seed,
                 None if self.generator_folder is None else self.generator_folder / name,
             )
-            self.reports[name] = drawn.report.to_dict()
+            told.reports[name] = drawn.report.to_dict()
             replay = drawn.pooled(pool, UNCOMMITTED)
-            self.pseudo_samples[name] = drawn.texts
+            told.texts[name] = drawn.texts
         broadcast_from_rank0([replay])
+        told.rows[name] = replay.detach().clone()
         lifecycle.commit_task(pool, self.pooled, replay)
-        self.pooled, self.prompts = None, []
+        self.close()
 
     def redraw(self, model: Any, name: str, count: int | None = None, seed: int = 0) -> None:
         """Draw the replay rows of a committed task again from its stored generator, without any data of the task.
@@ -197,20 +212,43 @@ class Reflection:
             seed,
         )
         rows[index] = drawn.pooled(pool, UNCHANGED).to(rows[index])
-        self.reports[name], self.pseudo_samples[name] = drawn.report.to_dict(), drawn.texts
         broadcast_from_rank0([rows[index]])
+        told = self.ledger.of(pool)
+        told.reports[name], told.texts[name] = drawn.report.to_dict(), drawn.texts
+        told.rows[name] = rows[index].detach().clone()
         pool.memory.set_replay(pool.adapter, rows)
 
     def save_replay(self, folder: str | os.PathLike) -> None:
-        """Write the pseudo-samples of each task to ``folder/replay/<task>.jsonl``, one {"text": ...} per line."""
+        """Write the pseudo-samples of each task to ``folder/replay/<task>.jsonl``, one {"text": ...} per line.
+
+        In a folder with a saved pool, the texts of that pool's replay rows; otherwise those of the pool that was
+        worked on last. Texts of other pools are never written.
+        """
         target = Path(folder) / "replay"
         target.mkdir(parents=True, exist_ok=True)
-        for name, texts in self.pseudo_samples.items():
+        saved = stored_replay(Path(folder))
+        for name, texts in (self.pseudo_samples if saved is None else self.ledger.texts_for(saved)).items():
             lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
             write_atomically(target / f"{name}.jsonl", lines.encode())
         refresh_card(folder)  # which says that there is text
 
     # --- parts --------------------------------------------------------------------------------------------------
+
+    def check_opened(self, pool: Pool, what: str) -> None:
+        """Raises [`ReflectionError`] unless the prompts at hand are those of the current task of ``pool``."""
+        if self.pooled is None or self.opened is None:
+            raise ReflectionError(
+                f"ArmCallback.{what}() needs the task's prompts: call prepare(model, batches) first."
+            )
+        if not self.opened.is_of(pool):
+            raise ReflectionError(
+                f"ArmCallback.{what}() was called for task {pool.current_task!r}, but the prompts at hand are of "
+                f"{self.opened.task!r}, or of another model or a copy: call prepare(model, batches) for this one."
+            )
+
+    def close(self) -> None:
+        """Let go of the prompts: their task is committed."""
+        self.pooled, self.opened, self.prompts = None, None, []
 
     def open_task(self, pool: Pool, model: Any, seed: int, resumed: bool = False) -> None:
         """See that the current task has a weight of its own before its first step, and its block where it is to start.
@@ -220,7 +258,7 @@ class Reflection:
         """
         assert self.pooled is not None
         if self.warm_start and len(pool.tasks) > 1 and not resumed and not warm_start.has_started(pool):
-            self.shares[pool.current_task] = warm_start.warm_start(pool, self.pooled)
+            self.ledger.of(pool).shares[pool.current_task] = warm_start.warm_start(pool, self.pooled)
             broadcast_from_rank0(p for p in model.parameters() if p.requires_grad)
         if not pool.router.needs_replay:
             if not pool.router.is_fitted(pool.adapter):
@@ -271,7 +309,7 @@ class Reflection:
         Raises:
             ReflectionError: there are no rows; or no tokens, and pseudo-samples are wanted.
         """
-        self.prompts = []
+        self.prompts, self.opened = [], Opened.of(pool)
         pooled = pool.pooled_prompts(batches, tokens=self.prompts)
         self.pooled = pooled[~pooled[:, 0].isnan()]  # rows of padding alone have no prompt
         self.rows = len(self.pooled)

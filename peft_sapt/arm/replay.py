@@ -14,6 +14,7 @@ from ..pool.view import Pool
 from .checks import isolated_rng
 from .fitting import fit
 from .generator import PREFIX, TASK, GeneratorSettings, draw, end_token, generator_adapter, without_closing
+from .ownership import block_digest
 from .pseudo import PseudoReport, Selection, digest_of
 from .stored import Drawing, read_drawing, write_generator
 
@@ -66,6 +67,7 @@ def draw_pseudo_samples(
         closing=closing,
         longest=max(map(len, prompts)) + 8,
         known=sorted({digest_of(prompt) for prompt in prompts}),
+        block=block_digest(model.base_model.pool, model.base_model.current_task),
     )
     name = model.base_model.current_task
     with isolated_rng(seed, model), generator_adapter(model, settings):
@@ -92,9 +94,14 @@ def redraw_pseudo_samples(
     """Draw ``wanted`` rows of task ``name`` again from the generator in ``folder``; no data is needed.
 
     Raises:
-        ReflectionError, LoraFolderError: the folder holds no generator, or that of another base model.
+        ReflectionError, LoraFolderError: the folder holds no generator, or that of another pool or base model.
     """
     drawing = read_drawing(folder)
+    if drawing.block is not None and drawing.block != block_digest(model.base_model.pool, name):
+        raise ReflectionError(
+            f"The generator in {folder} is not that of task {name!r} of this pool: another pool's task of this name, "
+            "or a later training of it, has been written there. Give each pool a generator_folder of its own."
+        )
     with isolated_rng(seed, model), generator_adapter(model, settings):
         model.import_task(TASK, folder)
         return drawn_from(model, tokenizer, drawing, wanted, settings, allow_copies, name)

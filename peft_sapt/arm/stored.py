@@ -30,6 +30,7 @@ class Drawing:
     closing: list[int]
     longest: int
     known: list[str]
+    block: str | None = None  # digest of the block that the task has learned; None in older folders
 
 
 def write_generator(folder: str | os.PathLike, model: Any, drawing: Drawing) -> None:

@@ -13,7 +13,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
-from ..config import SaptConfig
+from ..config import OPTIONS, SaptConfig
 from ..errors import ConfigFileError, PickleError, SaptError, SaveError
 from ..hub.card import clean_card, write_card
 from ..hub.card_text import is_hub_like
@@ -59,20 +59,37 @@ def load_config(
     if not folder.is_dir():
         folder = snapshot(str(name_or_path), subfolder, cls._split_kwargs(kwargs)[0])
     manifest = manifest_in(folder) if folder.is_dir() else None
+    options = {name: kwargs.pop(name) for name in [*kwargs] if name in cls.__annotations__}
     try:
         config = read(str(name_or_path), subfolder, **kwargs)
     except SaptError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        if not (folder / CONFIG_NAME).is_file():
-            raise  # PEFT says that there is none
+        if not (folder / CONFIG_NAME).is_file() or "missing required keys" in str(error):
+            raise  # PEFT says that there is none, or that it is no adapter's
         raise ConfigFileError(f"{folder / CONFIG_NAME} does not describe a pool ({error}).") from error
     if not isinstance(config, cls):
         raise ConfigFileError(f"{folder / CONFIG_NAME} describes a {config.peft_type} adapter, not a pool.")
-    if manifest is None:
-        return config
-    config = reconciled(config, manifest, folder)
-    refuse_more_than(config, os.path.getsize(folder / SAFETENSORS_WEIGHTS_NAME), folder)
+    if manifest is not None:
+        config = reconciled(config, manifest, folder)
+        refuse_more_than(config, os.path.getsize(folder / SAFETENSORS_WEIGHTS_NAME), folder)
+    return with_options(config, options, str(name_or_path))
+
+
+def with_options(config: C, options: dict[str, Any], where: str) -> C:
+    """``config`` with options that a caller gave when loading the pool in ``where``.
+
+    Raises:
+        SaptError: one of them is fixed by what is saved, or out of its range.
+    """
+    for name, value in options.items():
+        if name not in (*OPTIONS, "lora_dropout") and getattr(config, name) != value:
+            raise SaptError(
+                f"{name}={value!r} was given for the pool in {where}, which was saved with {getattr(config, name)!r}: "
+                f"only {', '.join(OPTIONS)} and lora_dropout can be chosen when a pool is loaded."
+            )
+        setattr(config, name, value)
+    config.check_ranges()
     return config
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import LoraFolderError, TaskError, WeightsError
-from ..pool_module import PoolModule, linear_from
+from ..pool_module import PoolModule, replace_part
 from ..storage.lora_folder import Factors, read_lora, write_lora
 from ..storage.prompt_folder import read_prompt, write_prompt
 from .lifecycle import add_task
@@ -116,11 +116,11 @@ def make_current(pool: Pool, name: str, **block: Any) -> None:
 def replace_newest(module: PoolModule, attr: str, adapter: str, value: Tensor) -> None:
     """Put ``value``, of any rank, in the place of a module's newest part."""
     weight = getattr(module, attr)[adapter].weight
-    getattr(module, attr)[adapter] = linear_from(value.to(weight.device, weight.dtype))
+    replace_part(getattr(module, attr), adapter, value.to(weight.device, weight.dtype))
 
 
 def after_import(pool: Pool) -> None:
-    pool.config.inference_mode = False
+    pool.memory.show_own_config(pool.adapter).inference_mode = False
     pool.memory.forget(pool.adapter)
     pool.refresh_trainable()
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ..config import SaptConfig
-from ..errors import PromptError, TaskError
+from ..errors import PromptError, TaskError, TrainingError
 from ..routing.memory import freeze_committed
+from ..routing.optimizers import UNMOVED, block_sums, steps_taken
 from ..routing.prompts import embedding_weight
 from ..validation import check_task_name, checked_record
 from .view import Batches, Pool
@@ -43,7 +44,7 @@ def add_task(pool: Pool, name: str, r: int | None = None, lora_alpha: float | No
         newest = module.newest_part(pool.adapter, rank)
         module.append_task(pool.adapter, {k: v.to(reference.device, reference.dtype) for k, v in newest.items()})
     set_tasks(pool, grown, [*range(len(config.tasks)), -1])
-    config.inference_mode = False
+    pool.memory.show_own_config(pool.adapter).inference_mode = False
     pool.refresh_trainable()
 
 
@@ -72,7 +73,7 @@ def remove_task(pool: Pool, name: str) -> None:
 def set_tasks(pool: Pool, other: SaptConfig, kept: list[int]) -> None:
     """Let the pool describe the tasks of ``other``, and what is in no stack follow; ``kept`` as in Router.resize."""
     pool.memory.resize(pool.adapter, kept)
-    pool.config.set_tasks(other)
+    pool.memory.show_own_config(pool.adapter).set_tasks(other)
     pool.router.resize(pool.adapter, kept)
     freeze_committed(pool.base)
 
@@ -104,6 +105,7 @@ def commit_task(pool: Pool, inputs: Batches | None = None, replay: Batches | Non
     for what, found in (("inputs", pooled), ("replay", rows)):
         pool.refuse_bad_rows(f"commit_task({what}=...)", found)
     pool.refuse_bad_weights()
+    refuse_unmoved(pool)
     if len(pooled):
         router.on_commit(adapter, pooled)
         target = pool.mean_weights(pooled)  # [T]
@@ -133,11 +135,26 @@ def refuse_unseen(pool: Pool, pooled: Tensor, given: bool) -> None:
     )
 
 
+def refuse_unmoved(pool: Pool) -> None:
+    """Raises [`TrainingError`] if optimizers took steps while the current task's rows were read, none of them held its
+    block, and nothing else moved it.
+
+    What passes is not looked at again until it trains further, since ARM takes steps of its own before a commit.
+    """
+    start = pool.memory.start_of(pool.adapter)
+    if start is None or not start[1] or start[0] == steps_taken():
+        pool.memory.forget_start(pool.adapter)
+        return
+    if block_sums(pool.base, pool.adapter) == start[1]:
+        raise TrainingError(UNMOVED.format(task=pool.current_task))
+    pool.memory.forget_start(pool.adapter)
+
+
 def reopen_task(pool: Pool) -> None:
     """See [`SaptModel.reopen_task`]."""
     pool.refuse_sharded("reopen_task")
     pool.memory.reopen(pool.adapter)
-    pool.config.inference_mode = False
+    pool.memory.show_own_config(pool.adapter).inference_mode = False
     freeze_committed(pool.base)
     pool.refresh_trainable()
 
@@ -145,5 +162,5 @@ def reopen_task(pool: Pool) -> None:
 def record_task(pool: Pool, name: str, **fields: str | float | None) -> None:
     """See [`SaptModel.record_task`]."""
     pool.index_of(name)
-    records = pool.config.records
-    pool.config.records = {**records, name: {**records.get(name, {}), **checked_record(fields)}}
+    config = pool.memory.show_own_config(pool.adapter)
+    config.records = {**config.records, name: {**config.records.get(name, {}), **checked_record(fields)}}

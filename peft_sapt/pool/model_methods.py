@@ -1,13 +1,15 @@
 """The one place where methods of a user's PeftModel are replaced, on the instance; no class is ever changed.
 
-PEFT and transformers leave no other way at two points:
+PEFT and transformers leave no other way at three points:
 
 - ``push_to_hub`` writes the Hub's card (or an empty template) over the saved README.md just before the upload, and the
   Trainer writes its own summary at the end of a run. Neither calls anything of the tuner in between, so a PeftModel
   with a pool gets ``create_or_update_model_card`` and ``_upload_modified_files`` of its own, which write our section
   anew. This happens when the PeftModel is built ([`keep_cards_of`]), not in passing when it is saved.
-- The Trainer loads checkpoints by ``load_adapter``, which reads nothing but weights for a known adapter, so that no
-  check of ours would learn the folder. ``ArmCallback`` gives its Trainer's model a ``load_adapter`` that looks first.
+- ``load_adapter`` drops options of a pool (``fallback=0.5``), so it is given one that applies or refuses them. The
+  Trainer loads checkpoints by it, and it reads nothing but weights for a known adapter, so that no check of ours would
+  learn the folder. ``ArmCallback`` gives its Trainer's model one that looks first.
+- ``generate`` of a PeftModel without a task type calls the base model's own, which knows none of our arguments.
 """
 
 from __future__ import annotations
@@ -22,12 +24,13 @@ from peft import PeftModel
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from ..config import SaptConfig
 from ..errors import SaptError
 from ..hub.card import refresh_card
 from ..storage.checkpoints import refuse_incomplete
-from .config_file import manifest_in
+from .config_file import manifest_in, with_options
 
-REPLACED = ("create_or_update_model_card", "_upload_modified_files", "load_adapter")
+REPLACED = ("create_or_update_model_card", "_upload_modified_files", "load_adapter", "generate")
 STATE = "trainer_state.json"  # which a Trainer's checkpoint has
 _watched: set[type[nn.Module]] = set()
 _checked: WeakSet[PeftModel] = WeakSet()  # models that have loaded a checkpoint by way of this
@@ -56,6 +59,9 @@ def keep_card(model: Any) -> None:
     if isinstance(model, PeftModel):
         model.create_or_update_model_card = partial(update_and_refresh, model)  # type: ignore[method-assign]  # the point of this file
         model._upload_modified_files = partial(refresh_and_upload, model)  # type: ignore[method-assign]  # the point of this file
+        model.load_adapter = partial(load_with_options, model)  # type: ignore[method-assign]  # the point of this file
+        if type(model).generate is PeftModel.generate:
+            model.generate = partial(generate_by_tuner, model)  # type: ignore[method-assign]  # the point of this file
 
 
 def update_and_refresh(model: PeftModel, output_dir: str) -> None:
@@ -67,6 +73,14 @@ def update_and_refresh(model: PeftModel, output_dir: str) -> None:
 def refresh_and_upload(model: PeftModel, working_dir: Any, repo_id: str, *rest: Any, **more: Any) -> Any:
     refresh_card(working_dir, repo_id)
     return type(model)._upload_modified_files(model, working_dir, repo_id, *rest, **more)
+
+
+# --- generation without a task type ----------------------------------------------------------------------------------
+
+
+def generate_by_tuner(model: PeftModel, *args: Any, **kwargs: Any) -> Any:
+    """``generate`` of a PeftModel that has no task type, by way of the tuner, as those do that have one."""
+    return model.base_model.generate(*args, **kwargs)  # type: ignore[operator]  # the tuner has it
 
 
 # --- what a Trainer loads --------------------------------------------------------------------------------------------
@@ -86,7 +100,28 @@ def check_and_load(model: PeftModel, model_id: Any, *rest: Any, **more: Any) -> 
         if (folder / STATE).is_file() or folder.name.startswith("checkpoint-"):
             refuse_incomplete(folder)
             _checked.add(model)
-    return type(model).load_adapter(model, model_id, *rest, **more)
+    return load_with_options(model, model_id, *rest, **more)
+
+
+def load_with_options(model: PeftModel, model_id: Any, adapter_name: str, *rest: Any, **more: Any) -> Any:
+    """``load_adapter`` with options of a pool, which PEFT drops; raises [`SaptError`] as [`with_options`] says."""
+    options = {name: more.pop(name) for name in [*more] if name in SaptConfig.__annotations__}
+    known = adapter_name in model.peft_config
+    if not known and "lora_dropout" in options:
+        raise SaptError(
+            "load_adapter(lora_dropout=...) comes too late, as layers are built from what was saved: give it to "
+            "PeftModel.from_pretrained, or leave it out."
+        )
+    result = type(model).load_adapter(model, model_id, adapter_name, *rest, **more)
+    config = model.peft_config.get(adapter_name)
+    if options and isinstance(config, SaptConfig):
+        try:
+            with_options(config, options, str(model_id))
+        except SaptError:
+            if not known:
+                model.delete_adapter(adapter_name)
+            raise
+    return result
 
 
 def was_checked(model: Any) -> bool:

@@ -13,3 +13,7 @@ NO_ADAPTER_NAMES = (
     "adapter_names (one adapter per row) is not supported: tasks live inside one adapter, so pass sapt_task=[name, "
     "...] with one task per row instead."
 )
+POOL_IN_POOL = (
+    "This model holds a pool already, and get_peft_model would put another one around it. Use model.add_task(name) "
+    "for another task, model.add_adapter(name, config) for a second pool, or model.unload() first for a fresh one."
+)

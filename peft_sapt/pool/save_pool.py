@@ -15,14 +15,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
+from torch import Tensor
 
-from ..errors import ChangedTensorError, PoolFormatError, SaveError, TaskError
+from ..errors import ChangedTensorError, SaveError
 from ..hub.card import PICTURE, refresh_card
-from ..storage.manifest import differences, is_manifest, manifest_of, opened, read_manifest
-from ..validation import check_task_name
+from ..storage.manifest import differences, is_manifest, opened, read_manifest
+from ..storage.replay_rows import stored_replay
 
 LOCK, STAGING, REPLAY = ".peft-sapt.lock", ".saving-", "replay"
 
@@ -67,8 +69,7 @@ def save_pool(model: Any, folder: str | os.PathLike, arm: Any = None, timeout: f
                 shutil.rmtree(left, ignore_errors=True)
             staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=folder))
             try:
-                gone = tasks_in(folder) - set(model.tasks)
-                stage(model, folder, staging, arm, gone)
+                gone = stage(model, folder, staging, arm)
                 publish(staging, folder, gone)
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
@@ -78,16 +79,16 @@ def save_pool(model: Any, folder: str | os.PathLike, arm: Any = None, timeout: f
         raise SaveError(f"{folder} cannot be written: {reason}. What was there is intact.") from error
 
 
-def tasks_in(folder: Path) -> set[str]:
-    """Tasks of the pool that is saved in ``folder``; none if there is no readable one.
+def foreign_texts(folder: Path, staging: Path) -> set[str]:
+    """Tasks of the pool in ``folder`` of which it has a text, but whose replay rows are others, or none, in
+    ``staging``. Without a readable pool in ``folder`` nothing is known of its texts, and none is named."""
+    before, now = stored_replay(folder) or {}, stored_replay(staging) or {}
+    texts = {path.stem for path in (folder / REPLAY).glob("*.jsonl")}
+    return {name for name in texts & set(before) if not is_same(before.get(name), now.get(name))}
 
-    Whoever made that file, only what can name a task comes back: files are taken away by these names.
-    """
-    try:
-        listed = (manifest_of(folder / SAFETENSORS_WEIGHTS_NAME) or {}).get("tasks")
-        return {check_task_name(name) for name in listed} if isinstance(listed, list) else set()
-    except (PoolFormatError, TaskError):
-        return set()
+
+def is_same(before: Tensor | None, now: Tensor | None) -> bool:
+    return before is not None and now is not None and before.shape == now.shape and torch.equal(before, now)
 
 
 def take_away_if_empty(folder: Path) -> None:
@@ -98,26 +99,29 @@ def take_away_if_empty(folder: Path) -> None:
             folder.rmdir()
 
 
-def stage(model: Any, folder: Path, staging: Path, arm: Any, gone: set[str]) -> None:
-    """Write the pool to ``staging``, read it back, and flush it to the disk."""
+def stage(model: Any, folder: Path, staging: Path, arm: Any) -> set[str]:
+    """Write the pool to ``staging``, read it back, and flush it to the disk; returns tasks whose texts in ``folder``
+    are not this pool's."""
     if is_own_file(folder / "README.md"):
         shutil.copyfile(folder / "README.md", staging / "README.md")  # for what a user wrote there
-    for text in (folder / REPLAY).glob("*.jsonl"):  # which the card speaks of
-        if text.stem not in gone and is_own_file(text):
-            (staging / REPLAY).mkdir(exist_ok=True)
-            shutil.copyfile(text, staging / REPLAY / text.name)
     adapter = model.base_model.pool.adapter
     model.save_pretrained(staging, selected_adapters=[adapter])
     if adapter != "default":  # PEFT puts others into a folder of their name
         for path in (staging / adapter).iterdir():
             os.replace(path, staging / path.name)
         (staging / adapter).rmdir()
-        refresh_card(staging)
+    gone = foreign_texts(folder, staging)
+    for text in (folder / REPLAY).glob("*.jsonl"):
+        if text.stem not in gone and is_own_file(text):
+            (staging / REPLAY).mkdir(exist_ok=True)
+            shutil.copyfile(text, staging / REPLAY / text.name)
+    refresh_card(staging)  # which speaks of the texts
     if arm is not None:
         arm.save_replay(staging)
     read_back(staging / SAFETENSORS_WEIGHTS_NAME)
     for path in [*files_in(staging), staging]:
         flush(path)
+    return gone
 
 
 def is_own_file(path: Path) -> bool:
@@ -146,8 +150,8 @@ def publish(staging: Path, folder: Path, gone: set[str]) -> None:
         os.replace(staging / path, folder / path)
     if Path(PICTURE) not in staged:
         (folder / PICTURE).unlink(missing_ok=True)
-    for name in gone:
-        (folder / REPLAY / f"{name}.jsonl").unlink(missing_ok=True)
+    for path in {Path(REPLAY, f"{name}.jsonl") for name in gone} - staged:
+        (folder / path).unlink(missing_ok=True)
     flush(folder)
 
 

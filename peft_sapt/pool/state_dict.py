@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..config import SaptConfig
 from ..errors import OtherBaseError, PoolFormatError
+from ..routing.install import memory_on
 from ..routing.memory import committed_in
 from ..storage.fingerprint import checked, differing, fingerprint
 from ..storage.manifest import (
@@ -42,6 +43,7 @@ def with_manifest(
         whole_state: the model's state, in which its heads are.
         file_name: PEFT's rule from such a name and the adapter's to the name in a file.
     """
+    config = own_config(model, adapter, config)
     named = {file_name(key, adapter): tensor for key, tensor in own.items()}
     named |= {key: whole_state[here] for key, here in head_keys(model, adapter).items() if here in whole_state}
     targets_key, targets = next((k, v) for k, v in own.items() if ".sapt_targets." in k)
@@ -70,13 +72,19 @@ def checked_state(
             "The weights have no manifest, so they are not a whole pool as save_pretrained or "
             "get_peft_model_state_dict write it."
         )
-    values = read_manifest(state_dict[manifest])
+    values, config = read_manifest(state_dict[manifest]), own_config(model, adapter, config)
     own = {key: tensor for key, tensor in state_dict.items() if ".sapt_" in key and key != manifest}
     own |= {key: state_dict[here] for key, here in head_keys(model, adapter).items() if here in state_dict}
     check_loaded(values, described(config), own)
     check_finite(state_dict)  # of embeddings too, which PEFT adds to the file after the manifest is made
     check_base(values, model, {plain_name(key) for key in state_dict if ".sapt_" not in key})
     return {key: tensor for key, tensor in state_dict.items() if key != manifest}
+
+
+def own_config(model: nn.Module, adapter: str, shown: SaptConfig) -> SaptConfig:
+    """The config that the pool itself has, where ``peft_config`` shows that of its user."""
+    memory = memory_on(model)
+    return memory.hooks.config_of(adapter) if memory is not None and memory.holds(adapter) else shown
 
 
 def head_keys(model: nn.Module, adapter: str) -> dict[str, str]:

@@ -1,35 +1,141 @@
-"""Weights that travel with a cache or with encoder outputs, and the names under which models take and give these."""
+"""Weights that travel with a cache or with encoder outputs, and the names under which models take and give these.
+
+A cache is known by what it is, not by its name: what a pool's forward has filled carries its mixture, and with it a
+few of the tensors as that forward left them. If somebody has reordered, repeated, dropped or copied rows since, the
+tensors are others, and the rows in them tell which weights are whose.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from ..errors import WeightsError
 from .mixture import Mixture
 
-PAST = "past_key_values"  # argument of a forward, and attribute of its output
-CACHE_ATTRIBUTE = "_sapt_mixture"  # on a cache or on encoder outputs: the mixture that they were made with
-VIRTUAL_ATTRIBUTE = "_sapt_virtual"  # on a cache: the number of virtual tokens it begins with
+PAST = "past_key_values"
+# arguments of a forward, and fields of its output, that hold what a next token continues; the usual one first
+NAMES = (PAST, "cache", "cache_params", "state", "states", "mems", "past_buckets_states", "layer_past")
+KEPT = "_sapt_kept"  # on a cache, a tensor of one, or encoder outputs: what a pool's forward left with it
+WATCHED = 4  # tensors of a cache by which a change of rows shows
+DEPTH = 8  # of objects in objects, down to the tensors of a cache
+
+
+class Kept:
+    """The mixture that a cache or encoder outputs were made with, and some tensors as they were then."""
+
+    def __init__(self, mixture: Mixture, holder: Any) -> None:
+        self.mixture = mixture
+        self.tensors = [(tensor, _version(tensor)) for tensor in _some_tensors(holder)]
+        self.is_copy = False  # of a cache: then what it was filled with may be the start of many prompts
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Kept:
+        memo[id(self)] = other = Kept(copy.deepcopy(self.mixture, memo), None)
+        for tensor, version in self.tensors:  # those of the copied cache itself, which are in the memo
+            twin = copy.deepcopy(tensor, memo)
+            other.tensors.append((twin, _version(twin) if version == _version(tensor) else -1))
+        other.is_copy = True
+        return other
+
+    @property
+    def virtual_tokens(self) -> int | None:
+        """How many virtual tokens the cache begins with, if a pool of soft prompts filled it."""
+        config = self.mixture.config
+        return config.num_virtual_tokens if config.block == "prompt" else None
+
+    def follow(self, holder: Any, what: str) -> tuple[Mixture, bool]:
+        """The mixture for the rows that ``holder`` has now, and whether anything was taken off their end.
+
+        Raises:
+            WeightsError: rows were changed in a way that does not tell whose they are.
+        """
+        now = _some_tensors(holder)
+        if len(now) == len(self.tensors) and all(
+            new is old and _version(new) == version for new, (old, version) in zip(now, self.tensors, strict=True)
+        ):
+            return self.mixture, False
+        rows = len(self.mixture.weights)
+        for new, (old, version) in zip(now, self.tensors, strict=False):
+            if old.dim() > 1 and len(old) == rows and old.is_floating_point() and old.numel() and new is not old:
+                if version == _version(old):
+                    return self._of_rows(new, old, what), new[0].numel() < old[0].numel()
+        raise WeightsError(
+            f"{what} was changed in place since this pool filled it, so the weights of its rows are unknown. Change "
+            "rows by methods of the cache, such as reorder_cache, or pass sapt_weights=[B, T] or sapt_task=name."
+        )
+
+    def _of_rows(self, new: Tensor, old: Tensor, what: str) -> Mixture:
+        weights, index = self.mixture.weights, []
+        common = [min(pair) for pair in zip(new.shape[1:], old.shape[1:], strict=False)]
+        new, old = (_cut(t, common).reshape(len(t), -1) for t in (new.to(old), old))  # [B', n] and [B, n]
+        for number, row in enumerate(new):
+            same = (old == row).all(dim=1).nonzero().flatten() if row.numel() else old.new_empty(0)
+            if not len(same) or bool((weights[same] != weights[same[0]]).any()):
+                raise WeightsError(
+                    f"Row {number} of {what} is none of the rows that this pool filled it with, or could be several, "
+                    "so its attention weights are unknown. Pass sapt_weights=[B, T] or sapt_task=name."
+                )
+            index.append(int(same[0]))
+        return self.mixture if index == list(range(len(weights))) else self.mixture.rows_at(index)
+
+
+# --- finding caches --------------------------------------------------------------------------------------------------
+
+
+def cache_among(inputs: Mapping[str, Any]) -> tuple[str, Any]:
+    """Name and object of the cache among the arguments of a forward; ("", None) if there is none."""
+    names = [*(name for name in NAMES if inputs.get(name) is not None), *(n for n in inputs if n not in NAMES)]
+    for name in names:
+        value = inputs[name]
+        if name == "encoder_outputs" or value is None or isinstance(value, (bool, int, float, str, Tensor)):
+            continue
+        if name in NAMES or isinstance(value, Cache) or kept_with(value) is not None:
+            return name, value
+    return "", None
 
 
 def past_of(inputs: Mapping[str, Any]) -> Any:
     """The cache among the arguments of a forward, or None."""
-    return inputs.get(PAST)
+    return cache_among(inputs)[1]
 
 
 def is_filled(cache: Any) -> bool:
     """Whether ``cache`` holds tokens already."""
-    return cache is not None and hasattr(cache, "get_seq_length") and int(cache.get_seq_length()) > 0
+    if cache is None:
+        return False
+    asked = getattr(cache, "get_seq_length", None)
+    if callable(asked):
+        try:
+            if int(asked()) > 0:
+                return True
+        except (IndexError, NotImplementedError, StopIteration, ValueError):
+            pass  # it has no attention layer, whose length it could tell
+    if isinstance(cache, Cache) and not any(
+        hasattr(layer, "recurrent_states") for layer in getattr(cache, "layers", [])
+    ):
+        return False
+    return any(bool(tensor.any()) for tensor in _some_tensors(cache))
 
 
-def kept_with(holder: Any) -> Mixture | None:
-    """The mixture that a cache or encoder outputs were made with, if a pool made them."""
-    return getattr(holder, CACHE_ATTRIBUTE, None)
+def kept_with(holder: Any) -> Kept | None:
+    """What a pool's forward left with a cache or encoder outputs, if one made them."""
+    if isinstance(holder, (list, tuple)):
+        return next((k for tensor in _some_tensors(holder) if (k := getattr(tensor, KEPT, None)) is not None), None)
+    found = getattr(holder, KEPT, None)
+    return found if isinstance(found, Kept) else None
 
 
 def virtual_tokens(cache: Any) -> int | None:
     """How many virtual tokens ``cache`` begins with, if a pool of soft prompts filled it."""
-    return getattr(cache, VIRTUAL_ATTRIBUTE, None)
+    kept = kept_with(cache)
+    return None if kept is None else kept.virtual_tokens
+
+
+# --- leaving weights -------------------------------------------------------------------------------------------------
 
 
 def keep_with_output(output: Any, given: Any, mixture: Mixture) -> None:
@@ -40,10 +146,61 @@ def keep_with_output(output: Any, given: Any, mixture: Mixture) -> None:
     """
     if mixture.weights.dim() == 3:
         return  # per token of packed rows: nothing that a next token could continue
-    cache = getattr(output, PAST, given)
-    if cache is not None and not isinstance(cache, tuple):
-        setattr(cache, CACHE_ATTRIBUTE, mixture.detached())
-        if mixture.config.block == "prompt":
-            setattr(cache, VIRTUAL_ATTRIBUTE, mixture.config.num_virtual_tokens)
-    elif hasattr(output, "last_hidden_state") and not hasattr(output, "logits"):
-        setattr(output, CACHE_ATTRIBUTE, mixture)
+    caches = list(_caches_of(output, given))
+    for cache in caches:
+        _leave(cache, mixture.detached())
+    if not caches and hasattr(output, "last_hidden_state") and not hasattr(output, "logits"):
+        _leave(output, mixture)
+
+
+def _caches_of(output: Any, given: Any) -> Iterator[Any]:
+    if given is not None:
+        yield given
+    named = output.items() if isinstance(output, Mapping) else ((n, getattr(output, n, None)) for n in NAMES)
+    if isinstance(output, (list, tuple)):
+        named = (("", value) for value in output)
+    for name, value in named:
+        if value is None or value is given or isinstance(value, Tensor):
+            continue
+        own = hasattr(value, "__dict__") and not isinstance(value, (nn.Module, Mapping, type))
+        if own or (name in NAMES and isinstance(value, (list, tuple))):
+            yield value
+
+
+def _leave(holder: Any, mixture: Mixture) -> None:
+    """Attach ``mixture`` to ``holder``; to a list of tensors, which takes no attribute, by way of these."""
+    kept = Kept(mixture, holder)
+    for target in [tensor for tensor, _ in kept.tensors] if isinstance(holder, (list, tuple)) else [holder]:
+        setattr(target, KEPT, kept)
+
+
+def _some_tensors(holder: Any) -> list[Tensor]:
+    """The last tensors in ``holder``, at most ``WATCHED``: of the last layer, which differ from prompt to prompt."""
+    found: list[Tensor] = []
+    for tensor in _tensors_in(holder, DEPTH):
+        found.append(tensor)
+        if len(found) == WATCHED:
+            break
+    return found
+
+
+def _tensors_in(value: Any, depth: int) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        if value.dim() > 1:
+            yield value
+    elif depth and value is not None and not isinstance(value, (str, nn.Module, Kept, type)):
+        inside: Any = value.values() if isinstance(value, Mapping) else value
+        if not isinstance(inside, (list, tuple)):
+            inside = list(inside) if isinstance(value, Mapping) else list(getattr(value, "__dict__", {}).values())
+        for part in reversed(inside):
+            yield from _tensors_in(part, depth - 1)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _cut(tensor: Tensor, sizes: list[int]) -> Tensor:
+    for dim, size in enumerate(sizes, start=1):
+        tensor = tensor.narrow(dim, 0, size)
+    return tensor

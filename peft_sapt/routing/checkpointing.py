@@ -18,6 +18,7 @@ HOOK = "_gradient_checkpointing_func"  # the attribute in which transformers kee
 
 class HasRankScales(Protocol):
     rank_scales: Tensor | None
+    rows_agree: bool
 
 
 class RoutedCheckpoint:
@@ -40,14 +41,16 @@ class Segment:
     """``forward`` under given rank scales; afterwards the state is as it was."""
 
     def __init__(self, forward: Callable[..., Any], state: HasRankScales) -> None:
-        self.forward, self.state = forward, state
+        self.forward, self.state, self.rows_agree = forward, state, state.rows_agree
 
     def __call__(self, rank_scales: Tensor, *args: Any, **kwargs: Any) -> Any:
-        before, self.state.rank_scales = self.state.rank_scales, rank_scales
+        state = self.state
+        before = state.rank_scales, state.rows_agree
+        state.rank_scales, state.rows_agree = rank_scales, self.rows_agree
         try:
             return self.forward(*args, **kwargs)
         finally:
-            self.state.rank_scales = before
+            state.rank_scales, state.rows_agree = before
 
 
 def route_checkpoints(model: nn.Module, state: HasRankScales) -> None:

@@ -28,6 +28,7 @@ class ForwardState(threading.local):
         self.rank_scales: Tensor | None = None  # [B, R] or [B, S, R]
         self.owner: nn.Module | None = None  # the module whose forward they belong to
         self.cache: Any = None  # that this forward was given to fill
+        self.rows_agree = True  # where the base has towers: each prompt has one image or clip of its own
         self.padded_length: int | None = None  # positions that its logits have with virtual tokens, which are cut
         self.session: GenerationSession | None = None  # while generate() runs
 
@@ -45,3 +46,4 @@ class ForwardState(threading.local):
     def clear(self) -> None:
         """Forget the forward; a session goes on."""
         self.mixture = self.weights = self.rank_scales = self.owner = self.cache = self.padded_length = None
+        self.rows_agree = True

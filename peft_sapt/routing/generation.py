@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import SaptError
-from .caches import PAST, is_filled, kept_with, past_of
+from .caches import cache_among, is_filled, kept_with, past_of
 from .forward_state import ForwardState, GenerationSession
 from .hooks import RoutingHooks, batch_of
 from .mixture import Mixture
@@ -21,6 +21,7 @@ REFUSED = {  # of generate's arguments, with soft prompts
     "prefill_chunk_size": "chunked prefill",
     "cache_implementation": "a cache other than the default one",
 }
+OF_A_FORWARD = ("labels", "position_ids", "seq_idx", "cu_seq_lens_q")  # each row of a generation is one prompt
 
 
 @contextmanager
@@ -36,37 +37,24 @@ def held(state: ForwardState, mixture: Mixture | None) -> Iterator[None]:
 
 def generation_mixture(hooks: RoutingHooks, adapter: str, args: tuple, kwargs: dict[str, Any]) -> Mixture | None:
     """The mixture of one call of ``generate`` with ``args`` and ``kwargs``; None where no prompt is in it."""
-    base: Any = hooks.base
-    inputs = dict(kwargs)
+    base, config = cast(Any, hooks.base), hooks.config_of(adapter)
+    inputs = {name: value for name, value in kwargs.items() if name not in OF_A_FORWARD}
     prompt = args[0] if args else inputs.pop("inputs", None)
     if prompt is not None:
-        inputs["input_ids"] = prompt
-    cache = past_of(inputs)
+        inputs[getattr(base, "main_input_name", "input_ids")] = prompt
     explicit = any(inputs.get(name) is not None for name in ("sapt_task", "sapt_weights"))
+    name, cache = cache_among(inputs)
     if not explicit and cache is not None and kept_with(cache) is None:
-        inputs.pop(PAST)  # filled by somebody else: the whole prompt is here, so attend to it
-    inputs.pop("labels", None)
+        inputs.pop(name)  # filled by somebody else: the whole prompt is here, so attend to it
     if inputs.get("attention_mask") is None and isinstance(inputs.get("input_ids"), Tensor):
         inputs["attention_mask"] = inferred_mask(inputs["input_ids"], *special_tokens(base, inputs))
-    if not any(isinstance(inputs.get(n), Tensor) for n in ("input_ids", "inputs_embeds")):
-        if inputs.get("encoder_outputs") is None:
-            return None  # generation from the start token alone: its forward is the prompt
-    mixture = hooks.mixture_for(base, adapter, inputs)
-    return mixture.spread(batch_of(inputs), "generate").hold()
-
-
-def may_generate(hooks: RoutingHooks, adapter: str, kwargs: dict[str, Any]) -> bool:
-    """PeftModel without a generating task type calls the base model's ``generate`` itself, within PEFT's context.
-
-    The same context surrounds its ``forward``. In eval mode both may use weights computed there, as they are those
-    that the forward would compute from the same prompt; unless labels end the prompt, or a cache holds it.
-    """
-    if kwargs.get("labels") is not None or past_of(kwargs) is not None:
-        return False
-    base: nn.Module | None = hooks.base
-    generates = hasattr(base, "generate") and base is not None and not base.training
-    typed = hooks.config_of(adapter).task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
-    return generates and not typed and hooks.state.session is None
+    prompted = any(isinstance(inputs.get(n), Tensor) for n in ("input_ids", "inputs_embeds"))
+    if not prompted and not explicit and inputs.get("encoder_outputs") is None:
+        return None  # generation from the start token alone: its forward is the prompt
+    batch = batch_of(inputs, at_least_one=True)
+    if not prompted and explicit:
+        return Mixture(adapter, hooks.given_weights(adapter, inputs, batch, hooks.memory.device), config).hold()
+    return hooks.mixture_for(base, adapter, inputs).spread(batch, "generate").hold()
 
 
 def special_tokens(base: Any, kwargs: dict[str, Any]) -> tuple[int | None, int | list[int] | None]:

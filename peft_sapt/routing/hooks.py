@@ -14,20 +14,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import SaptConfig
-from ..errors import PromptError, SaptError, TaskError, WeightsError
+from ..config import FOLLOWED, SaptConfig
+from ..errors import PromptError, SaptError, TaskError, TrainingError, WeightsError
 from ..pool_module import freeze_heads
-from .caches import is_filled, keep_with_output, kept_with, past_of
+from .caches import cache_among, is_filled, keep_with_output, kept_with, past_of
 from .checkpointing import route_checkpoints, unroute_checkpoints
 from .forward_state import ForwardState
 from .memory import TaskMemory
 from .mixture import Mixture
+from .notices import warn_once
+from .optimizers import block_sums, steps_taken
 from .prompt_mask import is_encoder_decoder
 from .prompts import read_prompts
 from .router import Router
 from .soft_prompts import SoftPrompts, prepend_prompt, strip_prompt
+from .towers import rows_agree
 from .weights import check_weights, one_hot, select
 
+SHARED_START = (
+    "{what} is a copy, or was cut back, and gets more than one token: its attention weights stay those of the tokens "
+    "that filled it. Where these are the start of many prompts, such as a system prompt, pass "
+    "sapt_weights=model.attention_weights(...) of the whole prompt, or give the whole prompt without the cache."
+)
 SAPT_ARGUMENTS = ("sapt_task", "sapt_weights", "sapt_prompt_mask")
 
 
@@ -65,7 +73,13 @@ class RoutingHooks:
         return next((a for a in self.memory.active_adapters if self.memory.holds(a)), None)
 
     def config_of(self, adapter: str) -> SaptConfig:
-        return self.memory.configs[adapter]
+        """The config of a pool, with what its user has set at ``peft_config`` since."""
+        config = self.memory.configs[adapter]
+        shown = getattr(self.base, "peft_config", {}).get(adapter, config)
+        if shown is not config:
+            for name in FOLLOWED:
+                setattr(config, name, getattr(shown, name))
+        return config
 
     def router_of(self, adapter: str) -> Router:
         return self.routers[self.config_of(adapter).router]
@@ -77,7 +91,7 @@ class RoutingHooks:
         given = {name: kwargs.pop(name) for name in SAPT_ARGUMENTS if name in kwargs}
         if getattr(module, "_is_replica", False):
             raise SaptError("nn.DataParallel is not supported: start the script with torchrun or accelerate launch.")
-        if type(kwargs.get("cache")).__name__.startswith("Paged"):
+        if any(type(value).__name__.startswith("Paged") for value in kwargs.values()):
             raise SaptError("Continuous batching is not supported: its rows hold tokens of several requests.")
         adapter, state = self.active(), self.state
         inside = state.weights is not None and module is not self.base  # an encoder in a routed forward
@@ -85,15 +99,28 @@ class RoutingHooks:
             return (args, kwargs) if given else None
         state.clear()  # an interrupted forward (KeyboardInterrupt) leaves its weights behind
         inputs = {**named_arguments(module, args), **kwargs, **given}
-        state.use(self.mixture_for(module, adapter, inputs))
-        state.owner, state.cache = module, past_of(inputs)
-        if is_training(module):
-            route_checkpoints(module, state)
+        training = is_training(module)
+        if training:
             if self.memory.head_is_frozen(adapter):
                 freeze_heads(module, adapter, frozen=True, trains=False)
+            self.check_trains(adapter, inputs)
+        state.use(self.mixture_for(module, adapter, inputs))
+        state.owner, state.cache = module, past_of(inputs)
+        state.rows_agree = rows_agree(inputs, getattr(module, "config", None))
+        if training:
+            route_checkpoints(module, state)
         if self.config_of(adapter).block == "prompt":
             return (), self.with_prompt(module, adapter, {**named_arguments(module, args), **kwargs})
         return args, kwargs
+
+    def check_trains(self, adapter: str, inputs: dict[str, Any]) -> None:
+        """Raises [`TrainingError`] if nothing would get a gradient from a training forward, and says why."""
+        assert self.base is not None
+        embeddings = inputs.get("inputs_embeds")
+        if embeddings is not None and embeddings.requires_grad:
+            return
+        if not any(p.requires_grad for p in self.base.parameters()):
+            raise TrainingError(self.memory.why_frozen(adapter))
 
     @torch.compiler.disable
     def after(self, module: nn.Module, args: tuple, output: Any) -> Any:
@@ -129,9 +156,9 @@ class RoutingHooks:
             return Mixture(adapter, weights, config)
         if session is not None and session.mixture.adapter == adapter:
             return session.mixture.spread(batch, "this generation")
-        cache = past_of(inputs)
+        name, cache = cache_among(inputs)
         if is_filled(cache):
-            return self.kept_mixture(cache, adapter, batch, "past_key_values").hold()
+            return self.kept_mixture(cache, adapter, batch, name, new_tokens(inputs)).hold()
         encoded = inputs.get("encoder_outputs")
         if encoded is not None:
             return self.kept_mixture(encoded, adapter, batch, "encoder_outputs")
@@ -157,26 +184,46 @@ class RoutingHooks:
                 f"{newest!r} trains. Use model.add_task(...) for new data, or model.eval() to ask for an answer."
             )
 
-    def kept_mixture(self, holder: Any, adapter: str, batch: int, what: str) -> Mixture:
+    def kept_mixture(self, holder: Any, adapter: str, batch: int, what: str, more: int = 0) -> Mixture:
+        """The mixture that ``holder`` (the argument ``what``) was made with, for the rows that it has now.
+
+        Args:
+            more: tokens a row that this call adds to it.
+        """
         kept, count = kept_with(holder), len(self.config_of(adapter).tasks)
-        if kept is None or kept.adapter != adapter or kept.weights.shape[-1] != count:
+        mixture = None if kept is None else kept.mixture
+        if kept is None or mixture is None or mixture.adapter != adapter or mixture.weights.shape[-1] != count:
             raise WeightsError(
                 f"{what} was given, but it carries no attention weights of the active pool ({count} tasks), and the "
                 "prompt itself is not in this call. Produce it with this model and pool, or pass sapt_weights=[B, T] "
                 "or sapt_task=name."
             )
-        return kept.spread(batch, what)
+        mixture, cut = kept.follow(holder, what)
+        if more > 1 and (kept.is_copy or cut):
+            warn_once(self.base, SHARED_START.format(what=what))  # type: ignore[arg-type]  # it runs
+        return mixture.spread(batch, what)
 
     def computed_weights(self, module: nn.Module, adapter: str, inputs: dict[str, Any]) -> Tensor:
         training, config, router = is_training(module), self.config_of(adapter), self.router_of(adapter)
         pooled, _, segments = read_prompts(module, config, router.pooling, inputs, training)  # [N, d]
         weights = router.attend(adapter, pooled)  # [N, T]
+        if torch.is_grad_enabled():
+            router.check_frozen(adapter)
+            self.memory.check_frozen(adapter)
         if training:
             router.check_ready(adapter)
+            if self.memory.start_of(adapter) is None:
+                self.memory.note_start(adapter, steps_taken(), block_sums(self.base, adapter))  # type: ignore[arg-type]  # it runs
             self.memory.remember(adapter, pooled)
         else:
             weights = select(weights, config.top_k, config.min_weight)
         return weights if segments is None else weights[segments]  # [B, T] or [B, S, T]
+
+
+def new_tokens(inputs: dict[str, Any]) -> int:
+    """Tokens a row among the arguments of a forward; of a ``generate``, the whole prompt's."""
+    found = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
+    return found.shape[1] if isinstance(found, Tensor) and found.dim() > 1 else 0
 
 
 def is_training(module: nn.Module) -> bool:
@@ -191,8 +238,12 @@ def named_arguments(module: nn.Module, args: tuple) -> dict[str, Any]:
     return dict(zip(inspect.signature(module.forward).parameters, args, strict=False))
 
 
-def batch_of(inputs: dict[str, Any]) -> int:
-    """Rows of this forward; for an encoder-decoder fed with encoder outputs, those of the decoder."""
+def batch_of(inputs: dict[str, Any], at_least_one: bool = False) -> int:
+    """Rows of this forward; for an encoder-decoder fed with encoder outputs, those of the decoder.
+
+    Args:
+        at_least_one: of a call that may begin with a token of the model's own, in one row.
+    """
     for name in ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "labels"):
         if isinstance(inputs.get(name), Tensor):
             return int(inputs[name].shape[0])
@@ -201,6 +252,9 @@ def batch_of(inputs: dict[str, Any]) -> int:
         return int(encoded[0].shape[0])
     other = (v for k, v in inputs.items() if isinstance(v, Tensor) and k not in SAPT_ARGUMENTS and v.dim() > 0)
     first = next(other, None)  # a model with arguments of its own
-    if first is not None:
-        return int(first.shape[0])
-    raise PromptError("Neither input_ids nor inputs_embeds is given: the attention needs the prompt.")
+    if first is not None or at_least_one:
+        return 1 if first is None else int(first.shape[0])
+    raise PromptError(
+        "Neither input_ids nor inputs_embeds is given, and the attention needs the prompt: give one of them, or "
+        "sapt_weights=[B, T] or sapt_task=name."
+    )

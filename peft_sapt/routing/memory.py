@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+from weakref import WeakSet
+
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +15,7 @@ SEEN_ROWS = 512  # rows whose pooled prompts are remembered for commit_task() wi
 
 
 MEMORY = "task_memory"  # attribute on the base model
+LIVE: WeakSet[TaskMemory] = WeakSet()  # those of this process, deep copies too
 
 
 class TaskMemory(FreePoolModule):
@@ -36,6 +40,12 @@ class TaskMemory(FreePoolModule):
         self.loaded: set[str] = set()  # adapters whose weights come from a file
         self._seen: dict[str, list[Tensor]] = {}
         self._fitted: dict[str, Tensor] = {}
+        self._starts: dict[str, tuple[int, Any]] = {}
+        LIVE.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        LIVE.add(self)
 
     def update_layer(self, adapter: str, config: SaptConfig, device: torch.device | None) -> None:
         """Build the parts of ``adapter`` for the tasks in ``config``, in float32."""
@@ -51,6 +61,14 @@ class TaskMemory(FreePoolModule):
         super().delete_adapter(adapter_name)
         self.loaded.discard(adapter_name)
         self.forget(adapter_name)
+
+    def show_own_config(self, adapter: str) -> SaptConfig:
+        """The pool's own config, from now on also at ``peft_config``: the pool is about to change it."""
+        config = self.hooks.config_of(adapter)
+        shown = getattr(self.hooks.base, "peft_config", {})
+        if adapter in shown:
+            shown[adapter] = config
+        return config
 
     # --- targets --------------------------------------------------------------------------------------------------
 
@@ -78,6 +96,25 @@ class TaskMemory(FreePoolModule):
         """Undo the newest task's commit: its target and replay rows go."""
         self.targets(adapter)[-1] = 0.0
         self.set_replay(adapter, [*self.replay(adapter)[:-1], self.replay(adapter)[-1][:0]])
+
+    def why_frozen(self, adapter: str) -> str:
+        """Why nothing of a pool trains, and what to do."""
+        config = self.configs[adapter]
+        if self.committed(adapter)[-1]:
+            return (
+                f"Nothing would train: the newest task {config.tasks[-1]!r} is committed. Call add_task(name) for new "
+                "data, or reopen_task() to train it further; for an answer, call the model in eval mode or under "
+                "torch.no_grad()."
+            )
+        if config.inference_mode:
+            return (
+                "Nothing would train: the pool was loaded for inference. Load it with PeftModel.from_pretrained(base, "
+                "folder, is_trainable=True); for an answer, call the model in eval mode or under torch.no_grad()."
+            )
+        return (
+            "Nothing would train: no parameter has requires_grad=True. Leave requires_grad as the pool sets it: "
+            "model.base_model.set_adapter(name) does so again."
+        )
 
     def head_is_frozen(self, adapter: str) -> bool:
         """Whether the pool's head (modules_to_save) must not train: its task is committed, or several share it."""
@@ -117,7 +154,7 @@ class TaskMemory(FreePoolModule):
     def set_replay(self, adapter: str, rows: list[Tensor]) -> None:
         """Keep ``rows`` ([n_t, d] of each task) in place of what was kept."""
         kept = torch.cat(rows)
-        self.configs[adapter].replay_rows = [len(r) for r in rows]
+        self.show_own_config(adapter).replay_rows = [len(r) for r in rows]
         if len(kept):
             self.sapt_replay[adapter] = linear_from(kept)
         elif adapter in self.sapt_replay:
@@ -148,6 +185,19 @@ class TaskMemory(FreePoolModule):
         """Drop the rows seen: the newest task is another one now, committed, or gone."""
         self._seen.pop(adapter, None)
         self._fitted.pop(adapter, None)
+        self.forget_start(adapter)
+
+    def note_start(self, adapter: str, steps: int, sums: Any) -> None:
+        """Note what the newest block was at its first training forward, and how many optimizer steps there were."""
+        self._starts.setdefault(adapter, (steps, sums))
+
+    def forget_start(self, adapter: str) -> None:
+        """Forget what [`note_start`] noted."""
+        self._starts.pop(adapter, None)
+
+    def start_of(self, adapter: str) -> tuple[int, Any] | None:
+        """What [`note_start`] noted of the newest task; None before it trains."""
+        return self._starts.get(adapter)
 
 
 def committed_in(targets: Tensor) -> list[bool]:

@@ -48,6 +48,10 @@ class Mixture:
         """The same without a graph behind it."""
         return Mixture(self.adapter, self.weights.detach(), self.config) if self.weights.requires_grad else self
 
+    def rows_at(self, index: list[int]) -> Mixture:
+        """The same for rows in another order, some perhaps several times and some no more."""
+        return Mixture(self.adapter, self.weights[torch.tensor(index, device=self.weights.device)], self.config)
+
     def spread(self, batch: int, what: str) -> Mixture:
         """The same for ``batch`` rows: each row repeated for its beams or return sequences."""
         if len(self.weights) == batch:

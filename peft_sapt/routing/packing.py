@@ -8,14 +8,16 @@ import torch
 from torch import Tensor
 
 from ..errors import PromptError
-from .prompt_mask import IGNORED_LABEL
+from .caches import past_of
+from .notices import IGNORED_LABEL
 
 
 def segments_of(inputs: dict[str, Any]) -> Tensor | None:
     """Number of the sample that each token belongs to, counted through the batch: [B, S]; None if rows are not packed.
 
     Packed are batches with ``seq_idx`` [B, S], with ``cu_seq_lens_q`` (one row, padding-free), or whose
-    ``position_ids`` [B, S] restart among attended tokens.
+    ``position_ids`` [B, S] fall back within a row that has no mask and continues no cache, as transformers has it.
+    With a mask or a cache, positions are somebody's own, of one prompt that may share or repeat some.
     """
     shape = next((inputs[n].shape[:2] for n in ("input_ids", "inputs_embeds") if inputs.get(n) is not None), None)
     if shape is None:
@@ -38,11 +40,13 @@ def _starts(inputs: dict[str, Any], shape: torch.Size) -> Tensor | None:
         return starts
     if not isinstance(positions, Tensor) or positions.shape != shape or shape[1] < 2:
         return None
-    restarts = positions[:, 1:] <= positions[:, :-1]
-    mask = inputs.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.shape == positions.shape:
-        restarts = restarts & mask[:, :-1].bool() & mask[:, 1:].bool()
-    return torch.nn.functional.pad(restarts, (1, 0))
+    if inputs.get("attention_mask") is not None or past_of(inputs) is not None:
+        return None
+    before, after = positions[:, :-1], positions[:, 1:]
+    falls = after < before
+    # among samples, one of a single token is followed by another that begins at the same position
+    again = (after == before) & (after == positions.amin(dim=1, keepdim=True)) & falls.any(dim=1, keepdim=True)
+    return torch.nn.functional.pad(falls | again, (1, 0))
 
 
 def without_tail(mask: Tensor, segments: Tensor, labelled: bool) -> Tensor:

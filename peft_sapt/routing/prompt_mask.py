@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -10,8 +9,8 @@ from torch import Tensor, nn
 
 from ..config import SaptConfig
 from ..errors import PromptError
-
-IGNORED_LABEL = -100
+from .notices import ANSWER_IN_QUERY, IGNORED_LABEL, PADDED, labels_left_out, padding_token, warn_once
+from .turns import refuse_turns, until_first_answer
 
 
 def prompt_mask_of(
@@ -38,20 +37,32 @@ def prompt_mask_of(
         mask = mask.bool()
     elif ids is not None:
         mask = inferred_mask(ids, getattr(settings, "pad_token_id", None), getattr(settings, "eos_token_id", None))
+        token = padding_token(ids) if bool(mask.all()) and segments is None else None
+        if token is not None:
+            warn_once(module, PADDED.format(token=token))
     else:
         mask = torch.ones(shape, dtype=torch.bool, device=inputs["inputs_embeds"].device)
     if is_encoder_decoder(module) or not labels_follow_prompt(module, config):
         return mask
+    if config.answer_header is not None:
+        mask = until_first_answer(mask, ids, segments, config.answer_header)
     if labels is not None and labels.shape == mask.shape:
-        return before_labels(mask, labels) if segments is None else before_labels_in_segments(mask, labels, segments)
-    if labels is None and training:
-        warnings.warn(
-            "Training without labels in the model call (label smoothing, compute_loss_func, a loss of your own): the "
-            "whole row counts as prompt, answer included. Mark the prompt with sapt_prompt_mask=[B, S], as "
-            "PromptMaskCollator does.",
-            stacklevel=2,
-        )
+        if segments is not None:
+            return before_labels_in_segments(mask, labels, segments)
+        if config.answer_header is None:
+            refuse_turns(mask, labels != IGNORED_LABEL, ids)
+        return before_labels(mask, labels)
+    if labels is None and ids is not None:
+        warn_of_answers(module, ids, training)
     return mask
+
+
+def warn_of_answers(module: nn.Module, ids: Tensor, training: bool) -> None:
+    """Say it once where a row without labels seems to hold an answer, which then is a part of the query."""
+    if training:
+        warn_once(module, ANSWER_IN_QUERY.format(what="Training"))
+    elif labels_left_out(ids):
+        warn_once(module, ANSWER_IN_QUERY.format(what="Evaluation"))
 
 
 def inferred_mask(input_ids: Tensor, pad_token_id: int | None, eos_token_id: int | list[int] | None) -> Tensor:

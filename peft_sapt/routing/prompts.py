@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..config import SaptConfig
 from ..errors import OtherShapeError, PromptError, SaptError, WeightsError
-from ..pool_module import unshard
+from ..pool_module import input_embeddings, unshard
 from .packing import require_prompts, segments_of, without_tail
 from .prompt_mask import check_rows, is_encoder_decoder, prompt_mask_of
 from .router import Pooling
@@ -38,8 +38,12 @@ def read_prompts(
     """
     ids, embeddings = inputs.get("input_ids"), inputs.get("inputs_embeds")
     if ids is None and embeddings is None:
-        raise PromptError("Neither input_ids nor inputs_embeds is given: the attention needs the prompt.")
+        raise PromptError(
+            "Neither input_ids nor inputs_embeds is given, and the attention needs the prompt: give one of them, or "
+            "sapt_weights=[B, T] or sapt_task=name."
+        )
     shape = ids.shape if ids is not None else embeddings.shape[:2]  # type: ignore[union-attr]  # one of the two is there
+    table = token_table(module) if embeddings is None else None
     segments = segments_of(inputs)
     if segments is not None and is_encoder_decoder(module):
         raise PromptError("Packed rows are not supported for encoder-decoder models: switch packing off.")
@@ -59,14 +63,29 @@ def read_prompts(
             mask = without_tail(mask, segments, labels is not None)
         if training and labels is not None and labels.shape == mask.shape:
             require_prompts(mask, labels, segments)
-    if embeddings is None:
-        with torch.no_grad():  # hooks such as enable_input_require_grads must not pull the attention into their graph
-            embeddings = look_up(module.get_input_embeddings(), ids)  # type: ignore[operator, arg-type]  # ids are there, and the model has it
-    embeddings = embeddings.detach()  # [B, S, d]
+    with torch.no_grad():  # hooks such as enable_input_require_grads must not pull the attention into their graph
+        found = embeddings if table is None else look_up(table, ids)  # type: ignore[arg-type]  # one of the two is there
+    embeddings = found.detach()  # type: ignore[union-attr]  # [B, S, d]
     if segments is not None:
         return Prompts(pooling.segments(embeddings, mask, segments), mask, segments)
     pooled = pooling.rows(embeddings, mask)  # [B, d]
     return Prompts(with_padding(module, pooled, mask, inputs) if config.pool_padding else pooled, mask, None)
+
+
+def token_table(module: nn.Module) -> nn.Module:
+    """The module with the token embeddings of ``module``; raises [`PromptError`] if there are none to route by."""
+    table = input_embeddings(module)
+    if table is None:
+        raise PromptError(
+            f"A {type(module).__name__} gives no token embeddings to compute attention weights from: pass "
+            "sapt_weights=[B, T] or sapt_task=name."
+        )
+    if any(p.device.type == "meta" for p in table.parameters()):
+        raise PromptError(
+            f"The token embeddings of this {type(module).__name__} are on the meta device, which holds no numbers: "
+            "load the weights, or move the model with to_empty and load_state_dict, before it runs."
+        )
+    return table
 
 
 def look_up(embedding: nn.Module, ids: Tensor) -> Tensor:
@@ -153,18 +172,14 @@ def with_padding(module: nn.Module, pooled: Tensor, mask: Tensor, inputs: dict[s
     cut = inputs.get("labels") is not None or inputs.get("sapt_prompt_mask") is not None
     width = int(lengths.max()) if cut and not is_encoder_decoder(module) else mask.shape[1]
     with torch.no_grad():
-        table = module.get_input_embeddings()  # type: ignore[operator]  # a transformers model has it
-        pad_embedding = table(torch.tensor([pad], device=mask.device)).float()  # [1, d]
+        pad_embedding = token_table(module)(torch.tensor([pad], device=mask.device)).float()  # [1, d]
     padded = torch.maximum(pooled, pad_embedding)
     return torch.where((lengths < width).unsqueeze(1), padded, pooled)
 
 
 def embedding_weight(model: nn.Module) -> Tensor | None:
     """Token embeddings [V, d] of the base model, if it has any."""
-    try:
-        embedding = model.get_input_embeddings()  # type: ignore[operator]  # a transformers model has it
-    except (AttributeError, NotImplementedError):
-        return None
+    embedding = input_embeddings(model)
     return getattr(embedding, "weight", None)
 
 

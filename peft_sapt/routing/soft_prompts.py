@@ -20,8 +20,9 @@ from ..config import SaptConfig
 from ..errors import PromptError, SaptError, WeightsError
 from ..pool_module import FreePoolModule, Linears, linear_from, unshard
 from .caches import is_filled, past_of, virtual_tokens
+from .notices import IGNORED_LABEL
 from .packing import segments_of
-from .prompt_mask import IGNORED_LABEL, inferred_mask
+from .prompt_mask import inferred_mask
 
 
 class SoftPrompts(FreePoolModule):
@@ -56,6 +57,8 @@ class SoftPrompts(FreePoolModule):
 
     def mixed(self, adapter: str, weights: Tensor) -> Tensor:
         """Weights [B, T] -> prompts [B, P, d] in float32."""
+        if torch.is_grad_enabled():
+            self.check_frozen(adapter)
         newest = unshard(self.sapt_prompt[adapter].weight)  # [P, d]
         parts = [unshard(self.sapt_old_prompts[adapter].weight)] if adapter in self.sapt_old_prompts else []
         prompts = torch.cat([*parts, newest]).float().view(weights.shape[-1], *newest.shape)  # [T, P, d]

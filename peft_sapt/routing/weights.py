@@ -9,11 +9,16 @@ from ..errors import TaskError, WeightsError
 
 
 def spread(weights: Tensor, batch: int, what: str) -> Tensor:
-    """Repeat each row for its beams or return sequences, in the order in which ``generate`` expands its inputs."""
+    """Repeat each row for its beams or return sequences, in the order in which ``generate`` expands its inputs.
+
+    One mixture that all rows share serves any number of them.
+    """
     rows = weights.shape[0]
     if rows == batch:
         return weights
     if batch % rows:
+        if bool((weights == weights[:1]).all()):
+            return weights[:1].expand(batch, *weights.shape[1:])
         raise WeightsError(f"{what} has attention weights for {rows} rows, this forward has {batch}.")
     return weights.repeat_interleave(batch // rows, dim=0)
 

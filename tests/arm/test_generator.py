@@ -116,7 +116,7 @@ def test_a_kept_generator_is_a_plain_lora(kept) -> None:
         untaught = fitting.mean_loss(plain, every, drawing["start"], drawing["end"], FAST)
     assert loss < 0.95 * untaught
     assert drawing["known"] == sorted(digest_of(prompt) for prompt in {tuple(p) for p in every})
-    assert set(drawing) == {"start", "end", "closing", "longest", "known"}, "no prompt is kept"
+    assert set(drawing) == {"start", "end", "closing", "longest", "known", "block"}, "no prompt is kept"
     assert arm.reports["a"]["generator_step"] > 0 and arm.reports["a"]["generator_held_out"]
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate import Accelerator
+from peft.optimizers import create_loraplus_optimizer
+from peft.optimizers.lorafa import LoraFAOptimizer
 from transformers import Trainer
 
 from helpers.training import arguments, fresh_pool
 from helpers.words import collate, rows_of, tokenizer
-from peft_sapt import ArmCallback, create_optimizer
+from peft_sapt import ArmCallback, create_optimizer, optimizer_groups
 from peft_sapt.errors import TrainingError
 
 
@@ -60,3 +63,208 @@ def test_what_a_user_froze_need_not_be_held(tmp_path) -> None:
             parameter.requires_grad_(False)
     Trainer(model, arguments(tmp_path), train_dataset=rows_of("a"), data_collator=collate, callbacks=[arm]).train()
     assert model.committed_tasks == ["a"]
+
+
+# --- loops without the callback --------------------------------------------------------------------------------------
+
+
+def batch_for(task: str) -> dict[str, torch.Tensor]:
+    return collate(rows_of(task)[:8])
+
+
+def train(model, optimizer, task: str, steps: int = 3) -> None:
+    model.train()
+    for _ in range(steps):
+        model(**batch_for(task)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def opened(router: str, block: str, task: str = "a"):
+    model = fresh_pool(router=router, **({"block": block, "num_virtual_tokens": 4} if block == "prompt" else {}))
+    return open_for(model, task)
+
+
+def open_for(model, task: str):
+    if task not in model.tasks:
+        model.add_task(task)
+    if not model.base_model.router.needs_replay:
+        model.fit_router([batch_for(task)])
+    return model
+
+
+def plain(model):
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+
+def sgd(model):
+    return torch.optim.SGD(optimizer_groups(model, lr=1e-2), momentum=0.9)
+
+
+def two_of_them(model):
+    """Blocks and attention each have an optimizer of their own; steps are taken by both."""
+    blocks, rest = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (blocks if ".sapt_A." in name or ".sapt_B." in name or "prompt" in name else rest).append(parameter)
+    optimizers = [torch.optim.AdamW(group, lr=1e-2) for group in (blocks, rest) if group]
+
+    class Both:
+        def step(self) -> None:
+            for optimizer in optimizers:
+                optimizer.step()
+
+        def zero_grad(self) -> None:
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+
+    return Both()
+
+
+def prepared(model):
+    return Accelerator(cpu=True).prepare(plain(model))
+
+
+@pytest.mark.parametrize("router", ["attention", "ridge"])
+@pytest.mark.parametrize("block", ["lora", "prompt"])
+@pytest.mark.parametrize("build", [plain, sgd, two_of_them, prepared])
+def test_a_loop_with_a_kept_optimizer_is_stopped_before_its_first_step(build, block: str, router: str) -> None:
+    model = opened(router, block)
+    optimizer = build(model)
+    train(model, optimizer, "a")
+    open_for(model, "b")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(TrainingError, match=r"no longer in the model.*sapt_.*would not be trained.*Build a new opt"):
+        train(model, optimizer, "b")
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    train(model, build(model), "b")
+    model.commit_task()
+    assert model.committed_tasks == ["a", "b"]
+
+
+def test_the_trainer_without_the_callback(tmp_path) -> None:
+    model = fresh_pool()
+    run = Trainer(model, arguments(tmp_path), train_dataset=rows_of("a"), data_collator=collate)
+    run.train()
+    model.add_task("b")
+    run.train_dataset = rows_of("b")
+    with pytest.raises(TrainingError, match="no longer in the model"):
+        run.train()
+
+
+@pytest.mark.parametrize("change", ["remove", "import"])
+def test_other_changes_that_replace_parameters(change: str, tmp_path) -> None:
+    model = opened("attention", "lora")
+    train(model, plain(model), "a")
+    model.add_task("b")
+    optimizer = plain(model)
+    train(model, optimizer, "b")
+    if change == "remove":
+        model.remove_task("b")
+        model.reopen_task()
+    else:
+        model.export_task("a", tmp_path)
+        model.import_task("b", tmp_path)
+    with pytest.raises(TrainingError, match="no longer in the model"):
+        train(model, optimizer, model.current_task)
+
+
+def test_a_group_added_for_the_new_block_is_enough() -> None:
+    model = opened("attention", "lora")
+    optimizer = plain(model)
+    train(model, optimizer, "a")
+    model.add_task("b")
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    optimizer.add_param_group({"params": [p for p in model.parameters() if p.requires_grad and id(p) not in held]})
+    train(model, optimizer, "b")
+    model.commit_task()
+    assert any(bool(v.any()) for k, v in model.task_state("b").items() if "sapt_B" in k)
+
+
+def test_optimizers_of_others_are_in_nobodys_way() -> None:
+    model = opened("attention", "lora")
+    optimizer, other = plain(model), torch.nn.Linear(3, 2)
+    train(model, optimizer, "a")
+    model.add_task("b")
+    foreign = torch.optim.SGD(other.parameters(), lr=0.1)
+    other(torch.ones(1, 3)).sum().backward()
+    foreign.step()
+    train(model, plain(model), "b")
+
+
+# --- a block that nothing moved --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("router", ["attention", "ridge"])
+@pytest.mark.parametrize("block", ["lora", "prompt"])
+def test_a_block_that_no_optimizer_held_is_not_committed(block: str, router: str) -> None:
+    """Built before the pool was put on the model, so that it never held a parameter of it."""
+    model = opened(router, block)
+    base = [p for n, p in model.named_parameters() if "sapt_" not in n]
+    train(model, torch.optim.AdamW(base, lr=1e-3), "a")
+    for commit in (model.commit_task, lambda: model.commit_task([batch_for("a")])):
+        with pytest.raises(TrainingError, match=r"'a' is not committed.*none of them held it"):
+            commit()
+    assert model.committed_tasks == []
+    train(model, plain(model), "a")
+    model.commit_task()
+
+
+def test_a_loop_of_arm_with_such_a_block() -> None:
+    model, arm = opened("attention", "lora"), ArmCallback(tokenizer(), replay="rows", align_steps=2)
+    arm.prepare(model, [batch_for("a")])
+    train(model, torch.optim.AdamW([p for n, p in model.named_parameters() if "sapt_" not in n]), "a")
+    with pytest.raises(TrainingError, match="none of them held it"):
+        arm.reflect(model)
+
+
+def test_blocks_moved_by_hand_or_by_nobody_are_committed() -> None:
+    model = opened("attention", "lora")
+    model.train()(**batch_for("a")).loss.backward()
+    model.commit_task()  # no optimizer took a step: nobody meant to train it
+    model.add_task("b")
+    model(**batch_for("b")).loss.backward()
+    torch.optim.SGD(torch.nn.Linear(1, 1).parameters(), lr=0.1).step()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter -= 0.1 * parameter.grad
+    model.commit_task()
+    assert model.committed_tasks == ["a", "b"]
+
+
+# --- helpers that pick by name ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("helper", ["LoRA+", "LoRA+, own", "LoRA-FA"])
+def test_helpers_that_look_for_loras_names_are_refused(helper: str) -> None:
+    model = opened("attention", "lora")
+    if helper == "LoRA+":
+        optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16)
+    elif helper == "LoRA-FA":
+        optimizer = LoraFAOptimizer(params=[{"params": [p for p in model.parameters() if p.requires_grad]}])
+    else:
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        groups = [{"params": [p for n, p in named if ("lora_B" in n) == fast], "lr": lr}
+                  for fast, lr in ((False, 1e-3), (True, 1e-2))]  # fmt: skip
+        optimizer = torch.optim.AdamW(groups)
+    with pytest.raises(TrainingError, match=r"LoRA's names.*optimizer_groups\(model, lr, b_lr_ratio"):
+        train(model, optimizer, "a")
+
+
+def test_groups_with_a_ratio_of_our_own(tmp_path) -> None:
+    """LoRA+: B at 16 times the rate of A, by the groups, by the Trainer's optimizer, and in what moves."""
+    model = opened("attention", "lora")
+    groups = {g["name"]: g for g in optimizer_groups(model, lr=1e-3, attention_lr=3e-4, b_lr_ratio=16)}
+    named = {id(p): n for n, p in model.named_parameters()}
+    assert groups["blocks_b"]["lr"] == pytest.approx(16e-3) and groups["blocks"]["lr"] == 1e-3
+    assert all(".sapt_B." in named[id(p)] for p in groups["blocks_b"]["params"])
+    assert all(".sapt_A." in named[id(p)] for p in groups["blocks"]["params"])
+    optimizer, _ = create_optimizer(model, arguments(tmp_path, learning_rate=1e-3), b_lr_ratio=16)
+    rates = {g["name"]: g["lr"] for g in optimizer.param_groups}
+    assert rates["blocks_b"] == pytest.approx(16e-3)
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    train(model, optimizer, "a", steps=1)  # AdamW's first step has the size of the rate where a gradient is
+    moved = {n: float((p - before[n]).abs().max()) for n, p in model.named_parameters() if n in before}
+    assert max(v for n, v in moved.items() if ".sapt_B." in n) == pytest.approx(16e-3, rel=1e-2)
+    assert "blocks_b" not in [g["name"] for g in optimizer_groups(model, lr=1e-3)]

@@ -184,10 +184,11 @@ def test_trained_twice_ends_in_a_defined_state(family: str) -> None:
     commit(model)
     with pytest.raises(TaskError, match="committed already"):
         model.commit_task()
-    labels = torch.tensor([[-100, -100, 5]])
-    loss = model.train()(input_ids=torch.tensor([[4, 5, 6]]), labels=labels).loss
-    assert not loss.requires_grad
+    batch = {"input_ids": torch.tensor([[4, 5, 6]]), "labels": torch.tensor([[-100, -100, 5]])}
+    with pytest.raises(TrainingError, match=r"'a' is committed.*reopen_task"):
+        model.train()(**batch)
     model.reopen_task()
+    model(**batch)
     model.commit_task()
     assert model.committed_tasks == ["a"]
 

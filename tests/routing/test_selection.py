@@ -15,7 +15,7 @@ from peft_sapt import layer as layer_module
 from peft_sapt.layer import SaptLayer
 from peft_sapt.ops import reference
 from peft_sapt.ops.bound import block_norms, dropped_bound
-from peft_sapt.routing.caches import CACHE_ATTRIBUTE
+from peft_sapt.routing.caches import kept_with
 from peft_sapt.routing.mixture import STACK_AT_MOST, Mixture
 from peft_sapt.routing.weights import select
 
@@ -134,7 +134,7 @@ def test_rows_gather_the_blocks_of_all_of_them() -> None:
         output = pool(**prompts, sapt_task=names, use_cache=True)
         following = {"input_ids": torch.tensor([[5], [6]]), "past_key_values": output.past_key_values}
         mixed = pool(**following).logits
-        mixture = getattr(output.past_key_values, CACHE_ATTRIBUTE)
+        mixture = kept_with(output.past_key_values).mixture
         ranks = pool.peft_config["default"].task_ranks
         assert mixture.few_scales.shape == (2, ranks[3] + ranks[9])
         for row, name in enumerate(names):
@@ -175,7 +175,7 @@ def test_a_wide_mixture_is_not_gathered() -> None:
     with torch.no_grad():
         cache = pool(**prompts, use_cache=True).past_key_values
         pool(input_ids=torch.tensor([[5], [6]]), past_key_values=cache)
-    assert getattr(cache, CACHE_ATTRIBUTE).rows is None
+    assert kept_with(cache).mixture.rows is None
 
 
 def written_equals_forward(pool, prompts: dict) -> None:
