@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .errors import TrainingError
 from .routing import ROUTERS
+from .routing.memory import TaskMemory
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -28,6 +30,9 @@ def optimizer_groups(
             keys and so shift attention for no reason in the data.
         b_lr_ratio: factors B learn at ``b_lr_ratio * lr`` (LoRA+, arXiv 2402.12354, which proposes 16). PEFT's own
             helper for LoRA+ looks for ``lora_B`` by name, and does not find them.
+
+    Raises:
+        TrainingError: nothing trains: the newest task is committed, or the pool was loaded for inference.
     """
     found: dict[str, list[torch.nn.Parameter]] = {"blocks": [], "blocks_b": [], "attention": [], "keys": []}
     routing = {name for router in ROUTERS.values() for name in router.adapter_layer_names}
@@ -44,6 +49,11 @@ def optimizer_groups(
             found["blocks_b"].append(parameter)
         else:
             found["blocks"].append(parameter)
+    if not any(found.values()):
+        memory = next((m for m in model.modules() if isinstance(m, TaskMemory)), None)
+        active = [a for a in memory.active_adapters if memory.holds(a)] if memory is not None else []
+        why = memory.why_frozen(active[0]) if memory is not None and active else "No parameter has requires_grad=True."
+        raise TrainingError(why)
     rate = lr if attention_lr is None else attention_lr
     settings = {
         "blocks": (lr, weight_decay),

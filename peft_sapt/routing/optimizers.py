@@ -49,7 +49,7 @@ def watch_optimizers() -> None:
 
 
 def steps_taken() -> int:
-    """Steps of all optimizers of this process, since they are watched, that held the newest block of no pool."""
+    """Steps of all optimizers of this process since they are watched."""
     return _counts["steps"]
 
 
@@ -67,7 +67,7 @@ def before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         memory = reference()
         if memory is not None:
             memory.forget_start(adapter)
-    _counts["steps"] += not known[1]
+    _counts["steps"] += 1
 
 
 def _memories() -> list[TaskMemory]:

@@ -30,11 +30,13 @@ PROMISED: dict[str, dict[str, int]] = {
     "kills": {"save_pool": 50, "save_pretrained": 50, "training": 2, "reflecting": 2, "evaluating": 2},
     "fuzzing": {f"cases, {parser}": 100_000 for parser in PARSERS},
     "walks": {"walks": 500},
+    "habits": {"walks": 400},
     "notebooks": {"quickstart.ipynb": 1, "heatmaps.ipynb": 1},
     "resume": {"kills": 10, "runs": 20},
 }
 PLACES = {
     "soak": "tests/pool/test_soak.py", "kills": "tests/pool/test_kills.py", "walks": "tests/pool/test_walks.py",
+    "habits": "tests/pool/test_habits.py",
     "fuzzing": "tests/storage/attacks/test_fuzz.py", "notebooks": "tests/examples/test_notebooks.py",
     "resume": "tests/continual/test_resume.py",
 }  # fmt: skip
