@@ -276,6 +276,7 @@ class SaptModel(BaseTuner):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         config.target_modules = given.target_modules  # found by PEFT in the meantime
         install(model, self._state, adapter_name, config, self.active_adapters, embedding, on_meta=low_cpu_mem_usage)
+        self.hooks.has_towers = any(getattr(module, "tower", None) is not None for module in model.modules())
 
     def _create_and_replace(  # type: ignore[override]  # as all of PEFT's tuners narrow the config
         self,

@@ -138,19 +138,30 @@ def virtual_tokens(cache: Any) -> int | None:
 # --- leaving weights -------------------------------------------------------------------------------------------------
 
 
-def keep_with_output(output: Any, given: Any, mixture: Mixture) -> None:
-    """Let what a forward has filled or put out carry the mixture of that forward.
+def keep_with_output(output: Any, given: Any, mixture: Mixture) -> Any:
+    """Let what a forward has filled or put out carry the mixture of that forward; returns the cache, if there is one.
 
     Args:
         given: the cache that the forward got, which an output need not repeat.
     """
     if mixture.weights.dim() == 3:
-        return  # per token of packed rows: nothing that a next token could continue
+        return None  # per token of packed rows: nothing that a next token could continue
     caches = list(_caches_of(output, given))
     for cache in caches:
         _leave(cache, mixture.detached())
     if not caches and hasattr(output, "last_hidden_state") and not hasattr(output, "logits"):
         _leave(output, mixture)
+    return caches[0] if caches else None
+
+
+def keep_after_generation(cache: Any, mixture: Mixture) -> None:
+    """Let ``cache`` carry the ``mixture`` of the last forward of a ``generate``, in which rows move among the beams of
+    a prompt alone; if it has other rows at the end, it carries nothing."""
+    tensors = _some_tensors(cache)
+    if tensors and tensors[0].is_floating_point() and len(tensors[0]) != len(mixture.weights):
+        setattr(cache, KEPT, None)
+    else:
+        _leave(cache, mixture.detached())
 
 
 def _caches_of(output: Any, given: Any) -> Iterator[Any]:
@@ -176,6 +187,11 @@ def _leave(holder: Any, mixture: Mixture) -> None:
 
 def _some_tensors(holder: Any) -> list[Tensor]:
     """The last tensors in ``holder``, at most ``WATCHED``: of the last layer, which differ from prompt to prompt."""
+    layers = getattr(holder, "layers", None)
+    if layers:  # the usual cache, found without a search
+        pair = [getattr(layers[-1], name, None) for name in ("values", "keys")]
+        if all(isinstance(tensor, Tensor) and tensor.dim() == 4 for tensor in pair):
+            return pair  # type: ignore[return-value]  # tensors, as just seen
     found: list[Tensor] = []
     for tensor in _tensors_in(holder, DEPTH):
         found.append(tensor)

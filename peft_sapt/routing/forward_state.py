@@ -17,6 +17,8 @@ class GenerationSession:
 
     mixture: Mixture
     stacks: dict[nn.Module, Stack] = field(default_factory=dict)
+    cache: Any = None  # that its forwards fill
+    last: Mixture | None = None  # of its last forward, for as many rows as that had
 
 
 class ForwardState(threading.local):

@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from ..errors import SaptError
-from .caches import cache_among, is_filled, kept_with, past_of
+from .caches import cache_among, is_filled, keep_after_generation, kept_with, past_of
 from .forward_state import ForwardState, GenerationSession
 from .hooks import RoutingHooks, batch_of
 from .mixture import Mixture
@@ -28,9 +28,11 @@ OF_A_FORWARD = ("labels", "position_ids", "seq_idx", "cu_seq_lens_q")  # each ro
 def held(state: ForwardState, mixture: Mixture | None) -> Iterator[None]:
     """Let every forward inside use ``mixture``; with None, what each forward finds by itself."""
     previous = state.session
-    state.session = None if mixture is None else GenerationSession(mixture)
+    session = state.session = None if mixture is None else GenerationSession(mixture)
     try:
         yield
+        if session is not None and session.cache is not None and session.last is not None:
+            keep_after_generation(session.cache, session.last)
     finally:
         state.session = previous
 

@@ -49,6 +49,7 @@ class RoutingHooks:
         self.prompts: SoftPrompts | None = None  # of pools with block="prompt"
         self.handles: list[Any] = []
         self.base: nn.Module | None = None
+        self.has_towers = False  # whether a layer has rows that are not the prompts'
 
     def attach(self, base: nn.Module) -> None:
         """Register the hooks on ``base`` and on its encoder, if it is an encoder-decoder."""
@@ -106,7 +107,8 @@ class RoutingHooks:
             self.check_trains(adapter, inputs)
         state.use(self.mixture_for(module, adapter, inputs))
         state.owner, state.cache = module, past_of(inputs)
-        state.rows_agree = rows_agree(inputs, getattr(module, "config", None))
+        if self.has_towers:
+            state.rows_agree = rows_agree(inputs, getattr(module, "config", None))
         if training:
             route_checkpoints(module, state)
         if self.config_of(adapter).block == "prompt":
@@ -128,7 +130,13 @@ class RoutingHooks:
         mixture = state.mixture
         if mixture is None or state.owner is not module:
             return None
-        keep_with_output(output, state.cache, mixture)
+        session = state.session
+        if session is None:
+            keep_with_output(output, state.cache, mixture)
+        else:  # the cache is looked at once, and again when the generation ends
+            if session.cache is None or session.cache is not state.cache:
+                session.cache = keep_with_output(output, state.cache, mixture)
+            session.last = mixture
         padded_length = state.padded_length
         state.clear()
         if padded_length is None:

@@ -238,6 +238,22 @@ def test_encoder_outputs(change: str) -> None:
         torch.testing.assert_close(pool(**inputs).logits, expected, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("implementation", [None, "static"])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_second_generation_goes_on_with_the_cache_of_the_first(beams: int, implementation: str | None) -> None:
+    """With the first one's weights; rows that a user moves in between are followed."""
+    pool = pool_of("Llama")
+    weights = pool.attention_weights(PROMPTS)
+    settings = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "num_beams": beams}
+    first = pool.generate(PROMPTS, cache_implementation=implementation, **settings)
+    kept = kept_with(first.past_key_values).mixture.weights
+    torch.testing.assert_close(kept, weights.repeat_interleave(len(kept) // 3, 0))
+    if implementation is None:
+        first.past_key_values.reorder_cache(torch.arange(len(kept)).flip(0))
+        pool(NEXT.repeat_interleave(len(kept) // 3, 0), past_key_values=first.past_key_values)
+        torch.testing.assert_close(kept_with(first.past_key_values).mixture.weights, kept.flip(0))
+
+
 def test_beams_by_hand_and_a_generation_goes_on() -> None:
     """What generate returns with beams is passed on, its rows being the best beams of both prompts."""
     pool = pool_of("Llama")
