@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .errors import PromptError
 from .routing.packing import segments_of
-from .routing.prompt_mask import before_labels, before_labels_in_segments
+from .routing.prompt_mask import before_labels, before_labels_in_segments, refuse_first_token_alone
 
 
 class PromptMaskCollator:
@@ -84,7 +84,11 @@ class PromptMaskCollator:
         if labels.shape != mask.shape:  # of a class, or of a decoder: the whole input is prompt
             return mask
         segments = segments_of(batch)
-        return before_labels(mask, labels) if segments is None else before_labels_in_segments(mask, labels, segments)
+        if segments is not None:
+            return before_labels_in_segments(mask, labels, segments)
+        prompt = before_labels(mask, labels)
+        refuse_first_token_alone(prompt, labels, batch["input_ids"], set(), "position_ids" in batch)
+        return prompt
 
 
 def attended_of(batch: dict[str, Any]) -> Tensor:

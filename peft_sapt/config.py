@@ -201,6 +201,10 @@ class SaptConfig(PeftConfig):
         self.check_ranges()
         self._check_tasks()
         self._check_auto_mapping()
+        if self.answer_header is not None and self.task_type == "SEQ_2_SEQ_LM":
+            raise SaptError(
+                "SaptConfig.answer_header is for decoders: an encoder's input holds no answer. Leave it out."
+            )
         if self.block == "prompt":
             self._check_prompt()
 
@@ -260,6 +264,8 @@ class SaptConfig(PeftConfig):
         self.task_alphas = [self.lora_alpha] * count if self.task_alphas is None else list(self.task_alphas)
         self.replay_rows = [0] * count if self.replay_rows is None else list(self.replay_rows)
         self.records = checked_records(self.records, self.tasks)
+        self.saved_with: str | None = None  # no field: which save the weights of its pool were last written for
+        self.derived_from = self.r, self.lora_alpha, self.task_name  # no field: what ranks, alphas and tasks came from
         wanted = {
             "task_ranks": ("whole", lambda v: is_int(v) and v >= 1),
             "task_alphas": ("positive", is_positive),

@@ -132,6 +132,7 @@ class Linear(nn.Module, SaptLayer):
         SaptLayer.__init__(self, base_layer, state)
         self.name = name  # in the base model, for messages
         self.tower = tower  # the part of the base model that it is in, if its rows are not the prompts'
+        self.is_expert = "expert" in (tower or "")  # whose rows are tokens of any prompt
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
@@ -189,7 +190,8 @@ class Linear(nn.Module, SaptLayer):
                 "whole model. (Activation checkpointing other than transformers' own reruns layers alone: use "
                 "model.gradient_checkpointing_enable() instead.)"
             )
-        if scales.shape[0] != x.shape[0] or not (self.tower is None or self.forward_state.rows_agree):
+        agree = self.tower is None or (self.forward_state.rows_agree and not self.is_expert)
+        if scales.shape[0] != x.shape[0] or not agree:
             self.refuse_other_rows(scales, x)
         if scales.dim() == 3 and scales.shape[1] != x.shape[1]:
             raise WeightsError(
@@ -204,7 +206,7 @@ class Linear(nn.Module, SaptLayer):
             return
         cause = "takes tokens of all rows at once, as an expert or a router does, or cuts rows into several"
         if self.tower is not None:
-            cause = f"is a part of {self.tower}, whose rows are images or sound"
+            cause = f"is a part of {self.tower}, whose rows are no prompts but images, sound, positions or tokens"
         raise WeightsError(
             f"{self.name} got {x.shape[0]} rows for {scales.shape[0]} prompts with weights of their own, so those of "
             f"its rows are unknown: it {cause}. Take it out of target_modules (exclude_modules), give one prompt at a "

@@ -20,8 +20,8 @@ from .errors import SaptError, TaskError
 from .layer import SaptLayer, layer_around
 from .pool import exchange, lifecycle, warm_start
 from .pool.own_config import prepare_given
-from .pool.refusals import NO_ADAPTER_NAMES, NO_BATCH, NO_MERGE, POOL_IN_POOL
-from .pool.state_dict import checked_state, keep_dtypes, with_manifest
+from .pool.refusals import NO_ADAPTER_NAMES, NO_BATCH, NO_MERGE, NO_WEIGHTED, POOL_IN_POOL
+from .pool.state_dict import check_places, checked_state, keep_dtypes, with_manifest
 from .pool.view import Batches, Pool
 from .pool_module import PoolModule
 from .routing import AttentionRouter, Router
@@ -340,7 +340,9 @@ class SaptModel(BaseTuner):
         self._state.clear()
         if self.peft_config[adapter].block == "prompt":
             check_prompt_generation(kwargs, kwargs.get("generation_config"), self.model.generation_config)
-        with held(self._state, generation_mixture(self.hooks, adapter, args, {**kwargs, **given})):
+        prompt = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+        prompt = prompt if isinstance(prompt, Tensor) and prompt.dim() == 2 else None
+        with held(self._state, generation_mixture(self.hooks, adapter, args, {**kwargs, **given}), prompt):
             return self.model.generate(*args, **kwargs)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
@@ -372,6 +374,7 @@ class SaptModel(BaseTuner):
     ) -> dict[str, Tensor]:
         checked = checked_state(model, config, adapter_name, state_dict)
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, checked)
+        check_places(model, adapter_name, renamed)
         keep_dtypes(model, renamed)
         memory = memory_on(model)
         if memory is not None:
@@ -384,6 +387,10 @@ class SaptModel(BaseTuner):
         model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         uninstall(model)
         return model
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused (raises [`SaptError`]): adapters are pools here, and tasks are mixed per prompt."""
+        raise SaptError(NO_WEIGHTED)
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         raise SaptError(NO_MERGE)

@@ -151,6 +151,7 @@ class PoolModule(BaseTunerLayer):
         super().set_adapter(adapter_names, inference_mode=inference_mode)
         for name in self.other_param_names:
             getattr(self, name).requires_grad_(False)
+        _replaced[0] += 1  # optimizers are looked at again: what trains is another part now
 
     def check_frozen(self, adapter: str) -> None:
         """Raises [`TrainingError`] if a part that must keep its bytes would train, as after a user's own

@@ -164,3 +164,81 @@ def test_a_pool_around_merged_lora_is_a_pool() -> None:
     torch.manual_seed(0)
     tuned = get_peft_model(tiny_llama(), LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)).merge_and_unload()
     assert get_peft_model(tuned, SaptConfig(**CONFIG))(**padded(ROWS)).logits.isfinite().all()
+
+
+# --- training in eval mode, and a pool under somebody's own head -----------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{"top_k": 1}, {"min_weight": 0.5}, {"router": "ridge"}])
+def test_training_in_eval_mode_that_would_leave_the_new_block_out(settings: dict[str, object]) -> None:
+    model, batch = fresh_pool(**settings), collate(rows_of("a")[:4])
+    if "router" not in settings:
+        model.commit_task([batch])
+        model.add_task("b")
+    with pytest.raises(TrainingError, match=r"in eval mode.*model\.train\(\).*torch\.no_grad\(\)"):
+        model.eval()(**batch)
+    with torch.no_grad():
+        model(**batch)
+    if "router" in settings:
+        model.fit_router([batch])
+    model.train()(**batch).loss.backward()
+
+
+def test_training_in_eval_mode_is_training_where_nothing_is_left_out() -> None:
+    gradients = []
+    for mode in (True, False):
+        model = fresh_pool()
+        model.train(mode)(**collate(rows_of("a")[:4])).loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(g, gradients[1][n]) for n, g in gradients[0].items())
+
+
+class Classifier(torch.nn.Module):
+    """A frozen pool as a backbone."""
+
+    def __init__(self, pool: PeftModel, trains: bool) -> None:
+        super().__init__()
+        self.backbone, self.head = pool, torch.nn.Linear(64, 2).requires_grad_(trains)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.backbone(ids, output_hidden_states=True).hidden_states[-1][:, -1])
+
+
+def test_a_backbone_under_a_head_that_trains(tmp_path) -> None:
+    model, ids = build_pool("llama", TASKS), torch.tensor(token_rows([6, 6]))
+    model.save_pretrained(tmp_path)
+    commit(model)
+    for pool in (model, PeftModel.from_pretrained(build_pool("llama", TASKS).unload(), tmp_path)):
+        classifier = Classifier(pool, trains=True).train()
+        classifier(ids).sum().backward()
+        assert bool(classifier.head.weight.grad.any())
+        with pytest.raises(TrainingError, match="Nothing would train"):
+            Classifier(pool, trains=False).train()(ids)
+
+
+def test_add_weighted_adapter() -> None:
+    with pytest.raises(SaptError, match=r"sapt_weights.*export_mixture.*import_task"):
+        build_pool("llama", TASKS).add_weighted_adapter(["default"], [1.0], "mixed")
+
+
+class Passing(torch.nn.Module):
+    """A wrapper that hands on whatever it gets."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner, self.config = inner, inner.config
+        self.get_input_embeddings = inner.get_input_embeddings
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+def test_a_wrapper_that_is_called_by_position() -> None:
+    torch.manual_seed(0)
+    pool = get_peft_model(
+        Passing(tiny_llama()), SaptConfig(target_modules=["q_proj"], tasks=TASKS, init_weights=False)
+    )
+    ids = torch.tensor(token_rows([5]))
+    with torch.no_grad():
+        torch.testing.assert_close(pool.eval()(ids).logits, pool(input_ids=ids).logits)

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 
 from ..errors import ReflectionError
-from ..pool.model_methods import check_loads, was_checked
+from ..pool.model_methods import check_loads, check_no_loads, was_checked
 from ..pool.view import Pool
 from ..pool_module import sharding_of
 from ..storage.checkpoints import mark, refuse_incomplete
@@ -155,6 +155,7 @@ class ArmCallback(Reflection, TrainerCallback):
     ) -> None:
         model = kwargs["model"]
         self.guard.detach()
+        check_no_loads(model)
         if sharding_of(model) is None:
             self.reflect(model, self.seed_of(args, pool_of(model)))
         else:

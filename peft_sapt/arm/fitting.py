@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import ReflectionError
 from ..routing.notices import IGNORED_LABEL
 from ..routing.prompt_mask import is_encoder_decoder
-from .generator import GeneratorSettings
+from .generator import TASK, GeneratorSettings
 
 
 @dataclass
@@ -100,7 +100,7 @@ def mean_loss(model: Any, prompts: list[list[int]], start: list[int], eos: int, 
 def loss_of(model: Any, prompts: list[list[int]], start: list[int], eos: int) -> Tensor:
     batch = training_batch(prompts, start, eos, encoder_decoder=is_encoder_decoder(model))
     device = next(model.parameters()).device
-    loss: Tensor = model(**{k: v.to(device) for k, v in batch.items()}, use_cache=False).loss
+    loss: Tensor = model(**{k: v.to(device) for k, v in batch.items()}, sapt_task=TASK, use_cache=False).loss
     return loss
 
 

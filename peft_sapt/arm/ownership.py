@@ -8,7 +8,7 @@ have the same rows and blocks, other pools never.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from weakref import ref
 
@@ -51,8 +51,12 @@ class Ledger:
     """What a callback has to say, by pool."""
 
     def __init__(self) -> None:
-        self.entries: list[tuple[ref[TaskMemory], str, Told]] = []
+        self.entries: list[tuple[Callable[[], TaskMemory | None], str, Told]] = []
         self.last = Told()
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without references to models: in a copy or a pickle, pools are known by their rows."""
+        return {"entries": [(_nobody, adapter, told) for _, adapter, told in self.entries], "last": self.last}
 
     def of(self, pool: Pool) -> Told:
         """What there is to say of ``pool``, which becomes the last one; of a copy or reload, what its rows show."""
@@ -77,6 +81,10 @@ class Ledger:
                     found.texts[name], found.rows[name] = told.texts[name], told.rows[name]
                     found.reports[name] = told.reports[name]
         return found
+
+
+def _nobody() -> None:
+    return None
 
 
 def same_rows(known: Tensor, rows: Tensor | None) -> bool:

@@ -142,6 +142,7 @@ class Reflection:
         self.check_opened(pool, "reflect")
         assert self.pooled is not None
         lifecycle.refuse_unmoved(pool)
+        pool.memory.block_is_held.add(pool.adapter)  # ARM's own steps from here on are not the user's
         name, told = pool.current_task, self.ledger.of(pool)
         learned = pool.router.needs_replay
         kind = "none" if not learned else "real rows" if self.replay == "rows" else "pseudo-samples"
@@ -221,13 +222,14 @@ class Reflection:
     def save_replay(self, folder: str | os.PathLike) -> None:
         """Write the pseudo-samples of each task to ``folder/replay/<task>.jsonl``, one {"text": ...} per line.
 
-        In a folder with a saved pool, the texts of that pool's replay rows; otherwise those of the pool that was
-        worked on last. Texts of other pools are never written.
+        In a folder with a saved pool, or with folders of pools, the texts of their replay rows; otherwise those of the
+        pool that was worked on last. Texts of other pools are never written.
         """
         target = Path(folder) / "replay"
         target.mkdir(parents=True, exist_ok=True)
-        saved = stored_replay(Path(folder))
-        for name, texts in (self.pseudo_samples if saved is None else self.ledger.texts_for(saved)).items():
+        saved = [rows for path in (Path(folder), *Path(folder).iterdir()) if (rows := stored_replay(path)) is not None]
+        told = [self.ledger.texts_for(rows) for rows in saved] if saved else [self.pseudo_samples]
+        for name, texts in {name: texts for found in told for name, texts in found.items()}.items():
             lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
             write_atomically(target / f"{name}.jsonl", lines.encode())
         refresh_card(folder)  # which says that there is text

@@ -13,7 +13,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
-from ..config import OPTIONS, SaptConfig
+from ..config import FOLLOWED, OPTIONS, SaptConfig
 from ..errors import ConfigFileError, PickleError, SaptError, SaveError
 from ..hub.card import clean_card, write_card
 from ..hub.card_text import is_hub_like
@@ -190,7 +190,10 @@ def save_config(
             "safe_serialization=False."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    values = {**config.to_dict(), "save_id": save_id_of(config, weights)}
+    save_id, (saved_with, structure) = save_id_of(config, weights), structure_of(weights)
+    if saved_with is not None and saved_with == config.saved_with:
+        save_id = saved_with  # of this very pool, whatever became of its user's object
+    values = {**config.to_dict(), **(structure if save_id is not None else {}), "save_id": save_id}
     if auto_mapping is not None:
         values["auto_mapping"] = auto_mapping
     base = values.get("base_model_name_or_path")
@@ -217,6 +220,18 @@ def save_id_of(config: SaptConfig, weights: Path) -> str | None:
     if manifest is None:
         return config.save_id
     return None if other_fields(manifest, described(config)) else manifest.get("save_id")
+
+
+def structure_of(weights: Path) -> tuple[str | None, dict[str, Any]]:
+    """Which save ``weights`` are of, and what a config beside them must say of the pool in them."""
+    try:
+        manifest = (manifest_of(weights) or {}) if weights.is_file() else {}
+    except SaptError:
+        return None, {}
+    saved, free = manifest.get("config"), (*FOLLOWED, *RUNTIME, "lora_dropout")
+    return manifest.get("save_id"), {k: v for k, v in saved.items() if k not in free} if isinstance(
+        saved, dict
+    ) else {}
 
 
 def described(config: SaptConfig) -> dict[str, Any]:

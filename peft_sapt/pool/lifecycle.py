@@ -136,18 +136,13 @@ def refuse_unseen(pool: Pool, pooled: Tensor, given: bool) -> None:
 
 
 def refuse_unmoved(pool: Pool) -> None:
-    """Raises [`TrainingError`] if optimizers took steps while the current task's rows were read, none of them held its
-    block, and nothing else moved it.
-
-    What passes is not looked at again until it trains further, since ARM takes steps of its own before a commit.
-    """
-    start = pool.memory.start_of(pool.adapter)
-    if start is None or not start[1] or start[0] == steps_taken():
-        pool.memory.forget_start(pool.adapter)
+    """Raises [`TrainingError`] if optimizers took steps since the current task was first trained on, none of them held
+    its block, and nothing else moved it. An imported block need not move."""
+    start, adapter = pool.memory.start_of(pool.adapter), pool.adapter
+    if start is None or not start[1] or start[0] == steps_taken() or adapter in pool.memory.block_is_held:
         return
-    if block_sums(pool.base, pool.adapter) == start[1]:
+    if block_sums(pool.base, adapter) == start[1]:
         raise TrainingError(UNMOVED.format(task=pool.current_task))
-    pool.memory.forget_start(pool.adapter)
 
 
 def reopen_task(pool: Pool) -> None:

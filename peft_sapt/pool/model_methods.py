@@ -92,6 +92,12 @@ def check_loads(model: Any) -> None:
         model.load_adapter = partial(check_and_load, model)  # type: ignore[method-assign]  # the point of this file
 
 
+def check_no_loads(model: Any) -> None:
+    """Undo [`check_loads`]: the Trainer that marks its checkpoints has ended."""
+    if isinstance(model, PeftModel):
+        keep_card(model)
+
+
 def check_and_load(model: PeftModel, model_id: Any, *rest: Any, **more: Any) -> Any:
     """``load_adapter`` behind the checks; raises [`CheckpointError`], [`PickleError`] or [`PoolFormatError`]."""
     folder = Path(model_id)
@@ -107,15 +113,15 @@ def load_with_options(model: PeftModel, model_id: Any, adapter_name: str, *rest:
     """``load_adapter`` with options of a pool, which PEFT drops; raises [`SaptError`] as [`with_options`] says."""
     options = {name: more.pop(name) for name in [*more] if name in SaptConfig.__annotations__}
     known = adapter_name in model.peft_config
-    if not known and "lora_dropout" in options:
-        raise SaptError(
-            "load_adapter(lora_dropout=...) comes too late, as layers are built from what was saved: give it to "
-            "PeftModel.from_pretrained, or leave it out."
-        )
     result = type(model).load_adapter(model, model_id, adapter_name, *rest, **more)
     config = model.peft_config.get(adapter_name)
     if options and isinstance(config, SaptConfig):
         try:
+            if not known and options.get("lora_dropout", config.lora_dropout) != config.lora_dropout:
+                raise SaptError(
+                    "load_adapter(lora_dropout=...) comes too late, as layers are built from what was saved: give it "
+                    "to PeftModel.from_pretrained, or leave it out."
+                )
             with_options(config, options, str(model_id))
         except SaptError:
             if not known:

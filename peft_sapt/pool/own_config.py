@@ -22,6 +22,7 @@ def prepare_given(given: SaptConfig, embedding: Tensor | None) -> SaptConfig:
     Raises:
         OtherShapeError: the config was given another width.
     """
+    follow_changes(given)
     if getattr(given, FOUND, None) == given.token_dim:
         given.token_dim = None
     if given.token_dim is None:
@@ -35,3 +36,15 @@ def prepare_given(given: SaptConfig, embedding: Tensor | None) -> SaptConfig:
         # PEFT adds the head to the user's object, after this: one list for both
         given.modules_to_save = config.modules_to_save = given.modules_to_save or []
     return config
+
+
+def follow_changes(given: SaptConfig) -> None:
+    """Let ranks, alphas and the only task of a config that no pool has grown follow what was set after it was made."""
+    rank, alpha, name = given.derived_from
+    if given.r != rank and given.task_ranks == [rank] * len(given.tasks):
+        given.task_ranks = [given.r] * len(given.tasks)
+    if given.lora_alpha != alpha and given.task_alphas == [alpha] * len(given.tasks):
+        given.task_alphas = [given.lora_alpha] * len(given.tasks)
+    if given.task_name is not None and given.task_name != name and given.tasks == [name]:
+        given.tasks = [given.task_name]
+    given.__post_init__()

@@ -9,6 +9,10 @@ NO_MERGE = (
     "unload() for the base model without it, or export_mixture(weights, folder) for one fixed mixture, which is a "
     "plain LoRA and merges."
 )
+NO_WEIGHTED = (
+    "add_weighted_adapter is not there: a pool mixes its tasks for each prompt. For one fixed mixture pass "
+    "sapt_weights=[...], or export_mixture(weights, folder), which is a plain LoRA, and import_task(name, folder)."
+)
 NO_ADAPTER_NAMES = (
     "adapter_names (one adapter per row) is not supported: tasks live inside one adapter, so pass sapt_task=[name, "
     "...] with one task per row instead."

@@ -27,6 +27,8 @@ from ..storage.overrides import accepted
 from .config_file import described, pool_values
 from .stored_attention import stored_attention
 
+ROUTED_BY = ("router", "block", "query_activation", "temperature", "pool_padding")  # fields that no tensor shows
+
 
 def with_manifest(
     model: nn.Module,
@@ -43,7 +45,7 @@ def with_manifest(
         whole_state: the model's state, in which its heads are.
         file_name: PEFT's rule from such a name and the adapter's to the name in a file.
     """
-    config = own_config(model, adapter, config)
+    shown, config = config, own_config(model, adapter, config)
     named = {file_name(key, adapter): tensor for key, tensor in own.items()}
     named |= {key: whole_state[here] for key, here in head_keys(model, adapter).items() if here in whole_state}
     targets_key, targets = next((k, v) for k, v in own.items() if ".sapt_targets." in k)
@@ -55,6 +57,7 @@ def with_manifest(
         fingerprint(model),
         stored_attention(config, named),
     )
+    shown.saved_with = read_manifest(manifest)["save_id"]  # for the file of this config, which PEFT writes next
     return {**own, manifest_key: manifest}
 
 
@@ -75,10 +78,52 @@ def checked_state(
     values, config = read_manifest(state_dict[manifest]), own_config(model, adapter, config)
     own = {key: tensor for key, tensor in state_dict.items() if ".sapt_" in key and key != manifest}
     own |= {key: state_dict[here] for key, here in head_keys(model, adapter).items() if here in state_dict}
+    check_settings(values, config)
     check_loaded(values, described(config), own)
     check_finite(state_dict)  # of embeddings too, which PEFT adds to the file after the manifest is made
     check_base(values, model, {plain_name(key) for key in state_dict if ".sapt_" not in key})
     return {key: tensor for key, tensor in state_dict.items() if key != manifest}
+
+
+def check_settings(manifest: Mapping[str, Any], config: SaptConfig) -> None:
+    """Raises [`PoolFormatError`] if a setting that no tensor shows is another in a file than in its pool."""
+    saved = manifest.get("config")
+    if not isinstance(saved, dict):
+        return
+    for name in ROUTED_BY:
+        if name in saved and saved[name] != getattr(config, name):
+            raise PoolFormatError(
+                f"The weights were saved with {name}={saved[name]!r}, the pool they are loaded into has "
+                f"{getattr(config, name)!r}: prompts would be routed otherwise. Restore the adapter_config.json that "
+                "was saved with them, or load with PeftModel.from_pretrained, which reads it."
+            )
+
+
+def check_places(model: nn.Module, adapter: str, renamed: Mapping[str, Tensor]) -> None:
+    """Refuse a file whose tensors, by their names in ``model``, are not exactly those of the pool there.
+
+    Raises:
+        PoolFormatError: some have no place, some places stay empty, or a shape differs.
+    """
+    mark = f".{adapter}"
+    here = {k: t for k, t in model.state_dict().items() if ".sapt_" in k and (f"{mark}." in k or k.endswith(mark))}
+    given = {key: tensor for key, tensor in renamed.items() if ".sapt_" in key}
+    homeless, empty = sorted(given.keys() - here.keys()), sorted(here.keys() - given.keys())
+    if (homeless and not accepted("unknown_tensors")) or (empty and not accepted("missing_tensors")):
+        shown = f"{empty[0]!r} is not in it" if empty else ""
+        if homeless:
+            shown = f"{homeless[0]!r} has no place in this {type(model).__name__}"
+        raise PoolFormatError(
+            f"The weights file does not fit the pool: {shown} ({len(homeless)} without a place, {len(empty)} places "
+            "without weights). The pool was saved on another class of model (AutoModel in place of "
+            "AutoModelForCausalLM, say), or with other target_modules or layers, router or block."
+        )
+    for key in given.keys() & here.keys():
+        if given[key].shape != here[key].shape:
+            raise PoolFormatError(
+                f"The weights file does not fit the pool: {key!r} is {list(given[key].shape)} in it and "
+                f"{list(here[key].shape)} here. Load it with the adapter_config.json that was saved with it."
+            )
 
 
 def own_config(model: nn.Module, adapter: str, shown: SaptConfig) -> SaptConfig:

@@ -29,7 +29,8 @@ class Kept:
     """The mixture that a cache or encoder outputs were made with, and some tensors as they were then."""
 
     def __init__(self, mixture: Mixture, holder: Any) -> None:
-        self.mixture = mixture
+        self.mixture, self.tasks = mixture, list(mixture.config.tasks)
+        self.first = length_of(holder)  # tokens of its first filling, which later forwards add to
         self.tensors = [(tensor, _version(tensor)) for tensor in _some_tensors(holder)]
         self.is_copy = False  # of a cache: then what it was filled with may be the start of many prompts
 
@@ -38,7 +39,7 @@ class Kept:
         for tensor, version in self.tensors:  # those of the copied cache itself, which are in the memo
             twin = copy.deepcopy(tensor, memo)
             other.tensors.append((twin, _version(twin) if version == _version(tensor) else -1))
-        other.is_copy = True
+        other.is_copy, other.first = True, self.first
         return other
 
     @property
@@ -48,7 +49,8 @@ class Kept:
         return config.num_virtual_tokens if config.block == "prompt" else None
 
     def follow(self, holder: Any, what: str) -> tuple[Mixture, bool]:
-        """The mixture for the rows that ``holder`` has now, and whether anything was taken off their end.
+        """The mixture for the rows that ``holder`` has now, and whether they begin several prompts: those of a copy,
+        of rows that were repeated, or of a cache that was cut back to its first filling.
 
         Raises:
             WeightsError: rows were changed in a way that does not tell whose they are.
@@ -57,12 +59,13 @@ class Kept:
         if len(now) == len(self.tensors) and all(
             new is old and _version(new) == version for new, (old, version) in zip(now, self.tensors, strict=True)
         ):
-            return self.mixture, False
+            return self.mixture, self.is_copy
         rows = len(self.mixture.weights)
         for new, (old, version) in zip(now, self.tensors, strict=False):
             if old.dim() > 1 and len(old) == rows and old.is_floating_point() and old.numel() and new is not old:
                 if version == _version(old):
-                    return self._of_rows(new, old, what), new[0].numel() < old[0].numel()
+                    cut = new[0].numel() < old[0].numel() and length_of(holder) <= self.first
+                    return self._of_rows(new, old, what), self.is_copy or cut or len(new) > rows
         raise WeightsError(
             f"{what} was changed in place since this pool filled it, so the weights of its rows are unknown. Change "
             "rows by methods of the cache, such as reorder_cache, or pass sapt_weights=[B, T] or sapt_task=name."
@@ -107,13 +110,8 @@ def is_filled(cache: Any) -> bool:
     """Whether ``cache`` holds tokens already."""
     if cache is None:
         return False
-    asked = getattr(cache, "get_seq_length", None)
-    if callable(asked):
-        try:
-            if int(asked()) > 0:
-                return True
-        except (IndexError, NotImplementedError, StopIteration, ValueError):
-            pass  # it has no attention layer, whose length it could tell
+    if length_of(cache):
+        return True
     if isinstance(cache, Cache) and not any(
         hasattr(layer, "recurrent_states") for layer in getattr(cache, "layers", [])
     ):
@@ -180,13 +178,18 @@ def _caches_of(output: Any, given: Any) -> Iterator[Any]:
 
 def _leave(holder: Any, mixture: Mixture) -> None:
     """Attach ``mixture`` to ``holder``; to a list of tensors, which takes no attribute, by way of these."""
-    kept = Kept(mixture, holder)
+    kept, before = Kept(mixture, holder), kept_with(holder)
+    if before is not None and before.first:
+        kept.first = min(kept.first, before.first)
     for target in [tensor for tensor, _ in kept.tensors] if isinstance(holder, (list, tuple)) else [holder]:
         setattr(target, KEPT, kept)
 
 
 def _some_tensors(holder: Any) -> list[Tensor]:
     """The last tensors in ``holder``, at most ``WATCHED``: of the last layer, which differ from prompt to prompt."""
+    states = getattr(holder, "last_hidden_state", None)
+    if isinstance(states, Tensor):
+        return [states]
     layers = getattr(holder, "layers", None)
     if layers:  # the usual cache, found without a search
         pair = [getattr(layers[-1], name, None) for name in ("values", "keys")]
@@ -210,6 +213,15 @@ def _tensors_in(value: Any, depth: int) -> Iterator[Tensor]:
             inside = list(inside) if isinstance(value, Mapping) else list(getattr(value, "__dict__", {}).values())
         for part in reversed(inside):
             yield from _tensors_in(part, depth - 1)
+
+
+def length_of(cache: Any) -> int:
+    """Tokens in ``cache``, where it tells; else 0."""
+    asked = getattr(cache, "get_seq_length", None)
+    try:
+        return int(asked()) if callable(asked) else 0
+    except (IndexError, NotImplementedError, StopIteration, TypeError, ValueError):
+        return 0  # it has no attention layer, whose length it could tell
 
 
 def _version(tensor: Tensor) -> int:

@@ -17,6 +17,7 @@ class GenerationSession:
 
     mixture: Mixture
     stacks: dict[nn.Module, Stack] = field(default_factory=dict)
+    prompt: Tensor | None = None  # [B, S], its token ids, where it was given any
     cache: Any = None  # that its forwards fill
     last: Mixture | None = None  # of its last forward, for as many rows as that had
 
@@ -31,6 +32,7 @@ class ForwardState(threading.local):
         self.owner: nn.Module | None = None  # the module whose forward they belong to
         self.cache: Any = None  # that this forward was given to fill
         self.rows_agree = True  # where the base has towers: each prompt has one image or clip of its own
+        self.generates = False  # whether this forward is one of the generation under way
         self.padded_length: int | None = None  # positions that its logits have with virtual tokens, which are cut
         self.session: GenerationSession | None = None  # while generate() runs
 
@@ -48,4 +50,4 @@ class ForwardState(threading.local):
     def clear(self) -> None:
         """Forget the forward; a session goes on."""
         self.mixture = self.weights = self.rank_scales = self.owner = self.cache = self.padded_length = None
-        self.rows_agree = True
+        self.rows_agree, self.generates = True, False

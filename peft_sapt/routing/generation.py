@@ -25,10 +25,11 @@ OF_A_FORWARD = ("labels", "position_ids", "seq_idx", "cu_seq_lens_q")  # each ro
 
 
 @contextmanager
-def held(state: ForwardState, mixture: Mixture | None) -> Iterator[None]:
-    """Let every forward inside use ``mixture``; with None, what each forward finds by itself."""
+def held(state: ForwardState, mixture: Mixture | None, prompt: Tensor | None = None) -> Iterator[None]:
+    """Let the forwards of one generation, from the token ids ``prompt`` [B, S], use ``mixture``; with None, what each
+    forward finds by itself."""
     previous = state.session
-    session = state.session = None if mixture is None else GenerationSession(mixture)
+    session = state.session = None if mixture is None else GenerationSession(mixture, prompt=prompt)
     try:
         yield
         if session is not None and session.cache is not None and session.last is not None:
@@ -56,7 +57,7 @@ def generation_mixture(hooks: RoutingHooks, adapter: str, args: tuple, kwargs: d
     batch = batch_of(inputs, at_least_one=True)
     if not prompted and explicit:
         return Mixture(adapter, hooks.given_weights(adapter, inputs, batch, hooks.memory.device), config).hold()
-    return hooks.mixture_for(base, adapter, inputs).spread(batch, "generate").hold()
+    return hooks.mixture_for(base, adapter, inputs, whole=True).spread(batch, "generate").hold()
 
 
 def special_tokens(base: Any, kwargs: dict[str, Any]) -> tuple[int | None, int | list[int] | None]:

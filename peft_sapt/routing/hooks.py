@@ -8,6 +8,7 @@ with encoder outputs, and otherwise the router on this forward's prompt tokens.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
@@ -17,13 +18,13 @@ from torch import Tensor, nn
 from ..config import FOLLOWED, SaptConfig
 from ..errors import PromptError, SaptError, TaskError, TrainingError, WeightsError
 from ..pool_module import freeze_heads
-from .caches import cache_among, is_filled, keep_with_output, kept_with, past_of
+from .caches import cache_among, is_filled, keep_with_output, kept_with, length_of, past_of
 from .checkpointing import route_checkpoints, unroute_checkpoints
-from .forward_state import ForwardState
+from .forward_state import ForwardState, GenerationSession
 from .memory import TaskMemory
 from .mixture import Mixture
-from .notices import warn_once
-from .optimizers import block_sums, steps_taken
+from .notices import a_caller_trains, warn_once
+from .optimizers import block_sums, newest_block, steps_taken
 from .prompt_mask import is_encoder_decoder
 from .prompts import read_prompts
 from .router import Router
@@ -31,9 +32,10 @@ from .soft_prompts import SoftPrompts, prepend_prompt, strip_prompt
 from .towers import rows_agree
 from .weights import check_weights, one_hot, select
 
+FEW_TOKENS = 2  # that follow in one call as an answer goes on, drafted ones among them
 SHARED_START = (
-    "{what} is a copy, or was cut back, and gets more than one token: its attention weights stay those of the tokens "
-    "that filled it. Where these are the start of many prompts, such as a system prompt, pass "
+    "{what} is a copy, was repeated or cut back, and gets several tokens: its attention weights stay those of the "
+    "tokens that filled it. Where these are the start of many prompts, such as a system prompt, pass "
     "sapt_weights=model.attention_weights(...) of the whole prompt, or give the whole prompt without the cache."
 )
 SAPT_ARGUMENTS = ("sapt_task", "sapt_weights", "sapt_prompt_mask")
@@ -49,6 +51,7 @@ class RoutingHooks:
         self.prompts: SoftPrompts | None = None  # of pools with block="prompt"
         self.handles: list[Any] = []
         self.base: nn.Module | None = None
+        self.followed: dict[str, tuple[Any, ...]] = {}  # what was last seen at peft_config, by adapter
         self.has_towers = False  # whether a layer has rows that are not the prompts'
 
     def attach(self, base: nn.Module) -> None:
@@ -74,12 +77,19 @@ class RoutingHooks:
         return next((a for a in self.memory.active_adapters if self.memory.holds(a)), None)
 
     def config_of(self, adapter: str) -> SaptConfig:
-        """The config of a pool, with what its user has set at ``peft_config`` since."""
+        """The config of a pool, with what its user has set at ``peft_config`` since; raises [`SaptError`] for values
+        outside their range."""
         config = self.memory.configs[adapter]
         shown = getattr(self.base, "peft_config", {}).get(adapter, config)
-        if shown is not config:
-            for name in FOLLOWED:
-                setattr(config, name, getattr(shown, name))
+        values = tuple(getattr(shown, name) for name in FOLLOWED)
+        if values != self.followed.get(adapter):
+            trial = copy.copy(config)
+            for name, value in zip(FOLLOWED, values, strict=True):
+                setattr(trial, name, value)
+            trial.check_ranges()
+            for name, value in zip(FOLLOWED, values, strict=True):
+                setattr(config, name, value)
+            self.followed[adapter] = values
         return config
 
     def router_of(self, adapter: str) -> Router:
@@ -108,7 +118,7 @@ class RoutingHooks:
         state.use(self.mixture_for(module, adapter, inputs))
         state.owner, state.cache = module, past_of(inputs)
         if self.has_towers:
-            state.rows_agree = rows_agree(inputs, getattr(module, "config", None))
+            state.rows_agree = rows_agree(inputs, module)
         if training:
             route_checkpoints(module, state)
         if self.config_of(adapter).block == "prompt":
@@ -122,6 +132,8 @@ class RoutingHooks:
         if embeddings is not None and embeddings.requires_grad:
             return
         if not any(p.requires_grad for p in self.base.parameters()):
+            if inputs.get("labels") is None and a_caller_trains():
+                return  # a backbone under somebody's own head
             raise TrainingError(self.memory.why_frozen(adapter))
 
     @torch.compiler.disable
@@ -131,11 +143,12 @@ class RoutingHooks:
         if mixture is None or state.owner is not module:
             return None
         session = state.session
-        if session is None:
+        if session is None or not state.generates:
             keep_with_output(output, state.cache, mixture)
         else:  # the cache is looked at once, and again when the generation ends
             if session.cache is None or session.cache is not state.cache:
-                session.cache = keep_with_output(output, state.cache, mixture)
+                kept = keep_with_output(output, state.cache, mixture)
+                session.cache = kept if session.cache is None else session.cache
             session.last = mixture
         padded_length = state.padded_length
         state.clear()
@@ -155,22 +168,59 @@ class RoutingHooks:
 
     # --- the weights ------------------------------------------------------------------------------------------------
 
-    def mixture_for(self, module: nn.Module, adapter: str, inputs: dict[str, Any]) -> Mixture:
-        """The mixture of one forward of ``module``: weights [B, T], or [B, S, T] for packed rows, in float32."""
+    def mixture_for(self, module: nn.Module, adapter: str, inputs: dict[str, Any], whole: bool = False) -> Mixture:
+        """The mixture of one forward of ``module``: weights [B, T], or [B, S, T] for packed rows, in float32.
+
+        Args:
+            whole: ``inputs`` are those of a ``generate``, the tokens in its cache among them.
+        """
         config, batch, session = self.config_of(adapter), batch_of(inputs), self.state.session
         if inputs.get("sapt_weights") is not None or inputs.get("sapt_task") is not None:
             weights = self.given_weights(adapter, inputs, batch, self.memory.device)
             self.check_trainable(inputs, adapter, module)
             return Mixture(adapter, weights, config)
-        if session is not None and session.mixture.adapter == adapter:
+        if session is not None and session.mixture.adapter == adapter and self.is_of(session, module, inputs):
+            self.state.generates = True
             return session.mixture.spread(batch, "this generation")
         name, cache = cache_among(inputs)
         if is_filled(cache):
-            return self.kept_mixture(cache, adapter, batch, name, new_tokens(inputs)).hold()
+            more = new_tokens(inputs) - (length_of(cache) if whole else 0)
+            return self.kept_mixture(cache, adapter, batch, name, more).hold()
         encoded = inputs.get("encoder_outputs")
         if encoded is not None:
             return self.kept_mixture(encoded, adapter, batch, "encoder_outputs")
         return Mixture(adapter, self.computed_weights(module, adapter, inputs), config)
+
+    def refuse_eval_mode(self, adapter: str) -> None:
+        """Raises [`TrainingError`] if a supervised forward in eval mode would leave the newest block out."""
+        config, router = self.config_of(adapter), self.router_of(adapter)
+        if not any(p.requires_grad for p in newest_block(self.base, adapter)):
+            return
+        selects = config.min_weight > 0 or (config.top_k is not None and config.top_k < len(config.tasks))
+        unfitted = not router.needs_replay and not router.is_fitted(adapter)
+        if selects or unfitted:
+            why = "top_k and min_weight leave blocks out" if selects else "its router has not seen the newest task"
+            raise TrainingError(
+                f"A supervised forward with gradients in eval mode, where {why}: call model.train() to train task "
+                f"{config.tasks[-1]!r}, or use torch.no_grad() to evaluate."
+            )
+
+    def is_of(self, session: GenerationSession, module: nn.Module, inputs: dict[str, Any]) -> bool:
+        """Whether a forward of ``module`` is one of the generation under way, and not of another prompt meanwhile, as
+        a logits processor or a streamer may run it."""
+        cache, ids, prompt = past_of(inputs), inputs.get("input_ids"), session.prompt
+        if session.last is None:
+            return True
+        if cache is not None:
+            return session.cache is None or cache is session.cache or kept_with(cache) is None
+        if session.cache is not None:
+            return False
+        if module is self.base and is_encoder_decoder(module):
+            return inputs.get("encoder_outputs") is not None
+        if ids is None or prompt is None:
+            return True
+        copies, width = len(ids) // len(prompt), prompt.shape[1]  # recomputed from the start at each token
+        return bool(torch.equal(ids[:, :width], prompt.repeat_interleave(copies, dim=0))) if copies else False
 
     def given_weights(self, adapter: str, inputs: dict[str, Any], batch: int, device: torch.device) -> Tensor:
         tasks = self.config_of(adapter).tasks
@@ -198,16 +248,16 @@ class RoutingHooks:
         Args:
             more: tokens a row that this call adds to it.
         """
-        kept, count = kept_with(holder), len(self.config_of(adapter).tasks)
-        mixture = None if kept is None else kept.mixture
-        if kept is None or mixture is None or mixture.adapter != adapter or mixture.weights.shape[-1] != count:
+        kept, tasks = kept_with(holder), self.config_of(adapter).tasks
+        count = len(tasks)
+        if kept is None or kept.mixture.adapter != adapter or kept.tasks != tasks:
             raise WeightsError(
                 f"{what} was given, but it carries no attention weights of the active pool ({count} tasks), and the "
                 "prompt itself is not in this call. Produce it with this model and pool, or pass sapt_weights=[B, T] "
                 "or sapt_task=name."
             )
-        mixture, cut = kept.follow(holder, what)
-        if more > 1 and (kept.is_copy or cut):
+        mixture, begins_several = kept.follow(holder, what)
+        if more > FEW_TOKENS and begins_several:
             warn_once(self.base, SHARED_START.format(what=what))  # type: ignore[arg-type]  # it runs
         return mixture.spread(batch, what)
 
@@ -224,6 +274,8 @@ class RoutingHooks:
                 self.memory.note_start(adapter, steps_taken(), block_sums(self.base, adapter))  # type: ignore[arg-type]  # it runs
             self.memory.remember(adapter, pooled)
         else:
+            if torch.is_grad_enabled() and inputs.get("labels") is not None:
+                self.refuse_eval_mode(adapter)
             weights = select(weights, config.top_k, config.min_weight)
         return weights if segments is None else weights[segments]  # [B, T] or [B, S, T]
 
@@ -243,7 +295,9 @@ def named_arguments(module: nn.Module, args: tuple) -> dict[str, Any]:
     """The positional arguments of a call of ``module`` by their names."""
     if not args:
         return {}
-    return dict(zip(inspect.signature(module.forward).parameters, args, strict=False))
+    kinds = inspect.signature(module.forward).parameters.items()
+    names = [name for name, kind in kinds if kind.kind in (kind.POSITIONAL_ONLY, kind.POSITIONAL_OR_KEYWORD)]
+    return dict(zip(names or [getattr(module, "main_input_name", "input_ids")], args, strict=False))
 
 
 def batch_of(inputs: dict[str, Any], at_least_one: bool = False) -> int:

@@ -41,6 +41,7 @@ class TaskMemory(FreePoolModule):
         self._seen: dict[str, list[Tensor]] = {}
         self._fitted: dict[str, Tensor] = {}
         self._starts: dict[str, tuple[int, Any]] = {}
+        self.block_is_held: set[str] = set()  # adapters whose newest block an optimizer has held at a step
         LIVE.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -192,8 +193,9 @@ class TaskMemory(FreePoolModule):
         self._starts.setdefault(adapter, (steps, sums))
 
     def forget_start(self, adapter: str) -> None:
-        """Forget what [`note_start`] noted."""
+        """Forget what [`note_start`] noted, and who held the block."""
         self._starts.pop(adapter, None)
+        self.block_is_held.discard(adapter)
 
     def start_of(self, adapter: str) -> tuple[int, Any] | None:
         """What [`note_start`] noted of the newest task; None before it trains."""

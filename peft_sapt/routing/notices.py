@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from inspect import CO_OPTIMIZED
 from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -12,7 +13,9 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 FRAMES = 40  # callers that are looked at for labels
+NAMES = {"labels", "batch", "inputs", "features", "examples", "sample", "model_inputs", "encoded", "data"}  # of theirs
 IGNORED_LABEL = -100
+LONG_RUN = 4  # of one token at the end of a row, which no text has
 ANSWER_IN_QUERY = (
     "{what} without labels in the model call (label smoothing, compute_loss_func, a loss of your own): the whole row "
     "counts as prompt, answer included. Mark the prompt with sapt_prompt_mask=[B, S], as PromptMaskCollator does, or "
@@ -47,12 +50,40 @@ def _labels_of_callers() -> Iterator[Any]:
     for _ in range(FRAMES):
         if frame is None:
             return
-        variables = frame.f_locals
-        yield variables.get("labels")
-        for value in list(variables.values()):
-            if isinstance(value, Mapping) or type(value).__name__ == "BatchEncoding":
-                yield value.get("labels")
+        code = frame.f_code
+        if not NAMES.isdisjoint(code.co_varnames if code.co_flags & CO_OPTIMIZED else frame.f_globals):
+            yield from _labels_in(frame)
         frame = frame.f_back
+
+
+def _labels_in(frame: FrameType) -> list[Any]:
+    variables = frame.f_locals
+    found = [variables.get("labels")]
+    for name in NAMES:
+        value = variables.get(name)
+        held = getattr(value, "data", value)  # a BatchEncoding's own dict
+        if isinstance(held, dict):
+            found.append(dict.get(held, "labels"))
+    if frame.f_code.co_flags & CO_OPTIMIZED and type(variables) is dict:
+        variables.clear()  # before Python 3.13 it is a copy, which would keep alive what the caller deletes
+    return found
+
+
+def a_caller_trains() -> bool:
+    """Whether a module whose ``forward`` is under way, around the pool's own, has something that trains."""
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(FRAMES):
+        if frame is None:
+            return False
+        if frame.f_code.co_name == "forward" and frame.f_code.co_flags & CO_OPTIMIZED:
+            variables = frame.f_locals
+            module = variables.get("self")
+            if type(variables) is dict:
+                variables.clear()
+            if isinstance(module, nn.Module) and any(p.requires_grad for p in module.parameters()):
+                return True
+        frame = frame.f_back
+    return False
 
 
 def _are_labels_of(input_ids: Tensor, found: Any) -> bool:
@@ -63,13 +94,19 @@ def _are_labels_of(input_ids: Tensor, found: Any) -> bool:
     return bool(supervised.any()) and bool((found[supervised] == input_ids[supervised]).all())
 
 
-def padding_token(input_ids: Tensor) -> int | None:
-    """The token that seems to pad rows [B, S] at their end: some rows end in a run of it, and others do not."""
-    if input_ids.shape[0] < 2 or input_ids.shape[1] < 3:
+def padding_token(input_ids: Tensor, usual: set[int]) -> int | None:
+    """The token that seems to pad rows [B, S] at their end: some rows end in a run of it, and others do not.
+
+    A run of two will do for a token that is ``usual`` as padding; one of another token has to be longer.
+    """
+    if input_ids.shape[0] < 2 or input_ids.shape[1] < LONG_RUN:
         return None
-    runs = (input_ids[:, -1] == input_ids[:, -2]) & ~(input_ids == input_ids[:, -1:]).all(dim=1)
-    if not bool(runs.any()) or bool(runs.all()):
+    last = input_ids[:, -1:]
+    runs = (input_ids.flip(1) == last).long().cumprod(dim=1).sum(dim=1)  # [B], how long the last token has stood
+    tokens = {int(token) for token in last[runs > 1]}
+    if len(tokens) != 1:
         return None
-    tokens = input_ids[runs, -1]
-    token = int(tokens[0])
-    return token if bool((tokens == token).all()) and not bool((input_ids[~runs, -1] == token).any()) else None
+    token = tokens.pop()
+    ends = last[:, 0] == token
+    padded = bool((runs[ends] > 1).all()) and int(runs[ends].max()) >= (2 if token in usual else LONG_RUN)
+    return token if padded and not bool(ends.all()) else None

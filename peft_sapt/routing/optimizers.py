@@ -7,6 +7,7 @@ it (a Trainer, accelerate's wrapper, a loop of your own), so there it is refused
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -34,6 +35,7 @@ UNMOVED = (
     "before the first of them, since none of them held it. Build the optimizer after "
     "add_task (peft_sapt.optimizer_groups(model, lr)) and train; remove_task({task!r}) drops the task."
 )
+LORA_PLUS = 4  # groups of PEFT's helper: A, embeddings, B, B without decay
 Sums = list[tuple[float, float]]
 _looked_at: WeakKeyDictionary[torch.optim.Optimizer, tuple[int, list[tuple[ref[TaskMemory], str]]]] = (
     WeakKeyDictionary()
@@ -66,7 +68,7 @@ def before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     for reference, adapter in known[1]:
         memory = reference()
         if memory is not None:
-            memory.forget_start(adapter)
+            memory.block_is_held.add(adapter)
     _counts["steps"] += 1
 
 
@@ -103,10 +105,14 @@ def _refuse_by_name(optimizer: torch.optim.Optimizer) -> None:
         return
     if type(optimizer).__name__ == "LoraFAOptimizer":
         raise TrainingError(BY_NAME.format(helper="LoRA-FA's optimizer", effect="no A would be frozen"))
-    fastest = max(_rate(group) for group in with_b)
-    if any(not group["params"] and _rate(group) > fastest for group in optimizer.param_groups):
-        effect = "the group of the B factors is empty, and B would train at the rate of A"
-        raise TrainingError(BY_NAME.format(helper="A LoRA+ helper", effect=effect))
+    groups, fastest = optimizer.param_groups, max(_rate(group) for group in with_b)
+    if not any(not group["params"] and _rate(group) > fastest for group in groups):
+        return
+    effect = "the group of the B factors is empty, and B would train at the rate of A"
+    message = BY_NAME.format(helper="A LoRA+ helper", effect=effect)
+    if len(groups) == LORA_PLUS and _rate(groups[2]) == _rate(groups[3]):
+        raise TrainingError(message)
+    warnings.warn(f"If an empty parameter group was meant for factors B: {message}", stacklevel=4)
 
 
 def _factors_b(base: nn.Module | None) -> list[nn.Parameter]:
@@ -115,7 +121,7 @@ def _factors_b(base: nn.Module | None) -> list[nn.Parameter]:
 
 
 def _rate(group: dict[str, Any]) -> float:
-    return float(group.get("initial_lr", group["lr"]))
+    return float(group.get("initial_lr", group.get("lr")) or 0.0)  # None where an optimizer finds it by itself
 
 
 def newest_block(base: nn.Module | None, adapter: str) -> Iterator[nn.Parameter]:

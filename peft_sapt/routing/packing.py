@@ -38,6 +38,8 @@ def _starts(inputs: dict[str, Any], shape: torch.Size) -> Tensor | None:
         starts = torch.zeros(shape, dtype=torch.bool, device=ends.device)
         starts[0, ends[(ends > 0) & (ends < shape[1])].long()] = True
         return starts
+    if isinstance(positions, Tensor) and positions.dim() == 3 and len(positions) == 4:
+        positions = positions[0]  # of text, before those in time, height and width
     if not isinstance(positions, Tensor) or positions.shape != shape or shape[1] < 2:
         return None
     if inputs.get("attention_mask") is not None or past_of(inputs) is not None:

@@ -37,7 +37,7 @@ def prompt_mask_of(
         mask = mask.bool()
     elif ids is not None:
         mask = inferred_mask(ids, getattr(settings, "pad_token_id", None), getattr(settings, "eos_token_id", None))
-        token = padding_token(ids) if bool(mask.all()) and segments is None else None
+        token = padding_token(ids, {0} | special_ids(settings)) if bool(mask.all()) and segments is None else None
         if token is not None:
             warn_once(module, PADDED.format(token=token))
     else:
@@ -51,7 +51,11 @@ def prompt_mask_of(
             return before_labels_in_segments(mask, labels, segments)
         if config.answer_header is None:
             refuse_turns(mask, labels != IGNORED_LABEL, ids)
-        return before_labels(mask, labels)
+        prompt = before_labels(mask, labels)
+        refuse_first_token_alone(
+            prompt, labels, ids, special_ids(settings), "position_ids" in inputs and ids is not None
+        )
+        return prompt
     if labels is None and ids is not None:
         warn_of_answers(module, ids, training)
     return mask
@@ -93,6 +97,43 @@ def before_labels(mask: Tensor, labels: Tensor) -> Tensor:
             "PromptMaskCollator does from a column of the rows (with remove_unused_columns=False)."
         )
     return prompt
+
+
+def refuse_first_token_alone(
+    prompt: Tensor, labels: Tensor, ids: Tensor | None, special: set[int], flattened: bool = False
+) -> None:
+    """Refuse rows whose ``prompt`` [B, S] is a first token that a collator never supervises, and no prompt at all.
+
+    Such a token is a special one, or all rows of a batch have just one, or the batch is one row of a collator that
+    flattens several (which gives positions): all of the text is supervised then.
+
+    Raises:
+        PromptError: there are such rows.
+    """
+    single = (prompt.sum(dim=1) == 1) & (labels != IGNORED_LABEL).any(dim=1)  # [B]
+    if not bool(single.any()):
+        return
+    known = torch.zeros_like(single)
+    if ids is not None and special:
+        marks = torch.tensor(sorted(special), device=ids.device)
+        known = (torch.isin(ids, marks) & prompt).any(dim=1)
+    thin = single & (known | (single.all() & (len(single) > 1 or flattened)))
+    if bool(thin.any()):
+        raise PromptError(
+            f"Rows {thin.nonzero().flatten().tolist()[:10]} are supervised from their second token on, so their only "
+            "prompt token is the first, which says nothing of them. Set the labels of prompt tokens to -100 "
+            "(completion-only loss), or mark the prompt with sapt_prompt_mask=[B, S], as PromptMaskCollator does from "
+            "a column of the rows (with remove_unused_columns=False)."
+        )
+
+
+def special_ids(settings: Any) -> set[int]:
+    """Ids that begin, end or pad a text, as a model's config has them."""
+    found: set[int] = set()
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(settings, name, None)
+        found |= set(value) if isinstance(value, (list, tuple)) else {value} if isinstance(value, int) else set()
+    return found
 
 
 def before_labels_in_segments(mask: Tensor, labels: Tensor, segments: Tensor) -> Tensor:

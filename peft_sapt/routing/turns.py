@@ -51,12 +51,24 @@ def refuse_turns(mask: Tensor, supervised: Tensor, input_ids: Tensor | None) -> 
     """
     if input_ids is None:
         return
-    starts = supervised & ~torch.nn.functional.pad(supervised[:, :-1], (1, 0)) & mask  # [B, S]
+    before = torch.nn.functional.pad(supervised[:, :-1], (1, 0))
+    starts, ends = supervised & ~before & mask, before & ~supervised & mask  # [B, S]: an answer begins, or has ended
     several = starts.sum(dim=1) > 1
     if not bool(several.any()):
         return
-    contexts = [input_ids[b, :s].tolist() for b, s in starts.nonzero().tolist() if bool(several[b])]
+    contexts, gaps = [], []
+    for row in several.nonzero().flatten().tolist():
+        begins, after = (marks[row].nonzero().flatten().tolist() for marks in (starts, ends))
+        contexts += [input_ids[row, :begin].tolist() for begin in begins]
+        gaps += [
+            (input_ids[row, end:begin].tolist(), input_ids[row, :2].tolist())
+            for end, begin in zip(after, begins[1:], strict=False)
+        ]
     header = _common_end(contexts)
+    # a turn is longer than a masked token or two, and where its header is a single token it begins as the row does
+    turns = all(len(gap) > max(2, len(header)) and (len(header) > 1 or gap[0] in first) for gap, first in gaps)
+    if not turns:
+        return
     if header:
         raise PromptError(
             f"Rows {several.nonzero().flatten().tolist()[:10]} have several answers, each behind the tokens {header}. "

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from ..errors import PoolFormatError
 
-LAYERS = 8  # sampled of each kind of tensor, the first and the last among them
-VALUES = 8  # of each tensor
+LAYERS = 8  # of each kind of tensor, evenly spaced, that are sampled by VALUES numbers; the others by FEW
+VALUES, FEW = 8, 2
+NAMES = 128  # of one kind at most, as where each expert is a tensor of its own
 MOST = 64  # values of a tensor that a file may hold
 RELATIVE = 2.0**-7  # two roundings to bfloat16 are 2^-8; fine-tuning moves some of so many numbers further
 ABSOLUTE = 1e-6
@@ -61,16 +62,22 @@ def sampled(tensor: Tensor, count: int, values: int) -> list[float]:
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:
-    """Sampled numbers of every kind of tensor of ``model``'s base in up to eight layers, by name; empty where none
-    lies here in whole. What has been merged into one kind alone, or into some layers alone, then shows."""
+    """Sampled numbers of every kind of tensor of ``model``'s base in every layer, by name; empty where none lies here
+    in whole. What has been merged into one kind alone, or into some layers alone, then shows."""
     tensors, kinds = base_tensors(model), defaultdict(list)
     for name in tensors:
         kinds[kind_of(name)].append(name)
-    picked = {names[i * (len(names) - 1) // (LAYERS - 1)] for names in kinds.values() for i in range(LAYERS)}
+    counts = {name: FEW for names in kinds.values() for name in spaced(names, NAMES)}
+    counts |= {name: VALUES for names in kinds.values() for name in spaced(names, LAYERS)}
     return {
-        name: {"shape": list(tensors[name].shape), "values": sampled(tensors[name], tensors[name].numel(), VALUES)}
-        for name in sorted(picked)
+        name: {"shape": list(tensors[name].shape), "values": sampled(tensors[name], tensors[name].numel(), count)}
+        for name, count in sorted(counts.items())
     }
+
+
+def spaced(names: list[str], most: int) -> list[str]:
+    """At most ``most`` of ``names``, evenly spaced, the first and the last among them."""
+    return names if len(names) <= most else [names[i * (len(names) - 1) // (most - 1)] for i in range(most)]
 
 
 def short_print(found: Fingerprint) -> str:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from accelerate import Accelerator
 from peft.optimizers import create_loraplus_optimizer
 from peft.optimizers.lorafa import LoraFAOptimizer
 from transformers import Trainer
+from transformers.optimization import Adafactor
 
 from helpers.training import arguments, fresh_pool
 from helpers.words import collate, rows_of, tokenizer
-from peft_sapt import ArmCallback, create_optimizer, optimizer_groups
+from peft_sapt import ArmCallback, SaptConfig, create_optimizer, optimizer_groups
 from peft_sapt.errors import TrainingError
 
 
@@ -69,7 +72,7 @@ def test_what_a_user_froze_need_not_be_held(tmp_path) -> None:
 
 
 def batch_for(task: str) -> dict[str, torch.Tensor]:
-    return collate(rows_of(task)[:8])
+    return collate(rows_of(task[0])[:8])
 
 
 def train(model, optimizer, task: str, steps: int = 3) -> None:
@@ -233,23 +236,90 @@ def test_blocks_moved_by_hand_or_by_nobody_are_committed() -> None:
     assert model.committed_tasks == ["a", "b"]
 
 
+def test_training_is_not_forgotten_by_what_comes_after_it() -> None:
+    """A last loss, and steps of something else, between the training and the commit."""
+    model = opened("attention", "lora")
+    train(model, plain(model), "a")
+    model.train()(**batch_for("a"))
+    probe = torch.nn.Linear(3, 3)
+    probe(torch.ones(1, 3)).sum().backward()
+    torch.optim.SGD(probe.parameters(), lr=0.1).step()
+    model.commit_task()
+    assert model.committed_tasks == ["a"]
+
+
+@pytest.mark.parametrize("router_alone", [True, False])
+def test_an_imported_block_need_not_move(router_alone: bool, tmp_path) -> None:
+    model = opened("attention", "lora")
+    train(model, plain(model), "a")
+    model.export_task("a", tmp_path)
+    model.import_task("b", tmp_path)
+    picked = [
+        p for n, p in model.named_parameters() if p.requires_grad and ("sapt_A" in n or "sapt_B" in n) != router_alone
+    ]
+    train(model, torch.optim.AdamW(picked, lr=1e-3), "b")
+    model.commit_task()
+    assert model.committed_tasks == ["a", "b"]
+
+
+@pytest.mark.parametrize("which", ["copied model", "pool that was switched off"])
+def test_an_optimizer_of_another_pool_hides_nothing(which: str) -> None:
+    model = opened("attention", "lora")
+    if which == "copied model":
+        optimizer = plain(model)
+        kept, model = model, copy.deepcopy(model)
+        train(model, optimizer, "a")
+        with pytest.raises(TrainingError, match="none of them held it"):
+            model.commit_task()
+        assert kept.tasks == ["a"]
+        return
+    model.add_adapter("two", SaptConfig(task_type="CAUSAL_LM", task_name="c"))
+    held = [p for p in model.parameters() if p.requires_grad]
+    model.set_adapter("two")
+    optimizer = torch.optim.AdamW(held + [p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model.set_adapter("default")
+    train(model, optimizer, "a")
+    model.add_task("b")
+    model.set_adapter("two")
+    train(model, optimizer, "c")
+    model.set_adapter("default")
+    with pytest.raises(TrainingError, match="no longer in the model"):
+        train(model, optimizer, "b")
+
+
+@pytest.mark.parametrize("build", [
+    lambda ps: Adafactor(ps, lr=None, relative_step=True, scale_parameter=True, warmup_init=True),
+    lambda ps: torch.optim.AdamW([{"params": ps}, {"params": []}], lr=1e-3),
+    lambda ps: torch.optim.SGD(ps, lr=torch.tensor(1e-3)),
+])  # fmt: skip
+def test_optimizers_of_other_shapes(build) -> None:
+    model = opened("attention", "lora")
+    train(model, build([p for p in model.parameters() if p.requires_grad]), "a")
+    model.commit_task()
+
+
 # --- helpers that pick by name ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("helper", ["LoRA+", "LoRA+, own", "LoRA-FA"])
+@pytest.mark.parametrize("helper", ["LoRA+", "LoRA-FA"])
 def test_helpers_that_look_for_loras_names_are_refused(helper: str) -> None:
     model = opened("attention", "lora")
     if helper == "LoRA+":
         optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16)
-    elif helper == "LoRA-FA":
-        optimizer = LoraFAOptimizer(params=[{"params": [p for p in model.parameters() if p.requires_grad]}])
     else:
-        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        groups = [{"params": [p for n, p in named if ("lora_B" in n) == fast], "lr": lr}
-                  for fast, lr in ((False, 1e-3), (True, 1e-2))]  # fmt: skip
-        optimizer = torch.optim.AdamW(groups)
+        optimizer = LoraFAOptimizer(params=[{"params": [p for p in model.parameters() if p.requires_grad]}])
     with pytest.raises(TrainingError, match=r"LoRA's names.*optimizer_groups\(model, lr, b_lr_ratio"):
         train(model, optimizer, "a")
+
+
+def test_a_group_that_stays_empty_is_told() -> None:
+    """It may be one for a head that is not there, or for a ``lora_B`` that was not found."""
+    model = opened("attention", "lora")
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    groups = [{"params": [p for n, p in named if ("lora_B" in n) == fast], "lr": lr}
+              for fast, lr in ((False, 1e-3), (True, 1e-2))]  # fmt: skip
+    with pytest.warns(UserWarning, match=r"empty parameter group.*b_lr_ratio"):
+        train(model, torch.optim.AdamW(groups), "a")
 
 
 def test_groups_with_a_ratio_of_our_own(tmp_path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers import Trainer
 
 from helpers.training import FAST, arguments, fresh_pool, trainer
 from helpers.words import collate, rows_of, tokenizer
-from peft_sapt import ArmCallback, save_pool
+from peft_sapt import ArmCallback, SaptConfig, save_pool
 from peft_sapt.errors import ReflectionError
 
 
@@ -123,3 +124,26 @@ def test_ridge_reports_and_no_texts(tmp_path) -> None:
         trainer(model, tmp_path, rows, [arm]).train()
         save_pool(model, tmp_path / rows, arm)
         assert texts_in(tmp_path / rows) == {} and set(arm.reports) == {"a"}
+
+
+def test_texts_beside_a_named_adapter_are_its_own(tmp_path) -> None:
+    """PEFT saves it into a folder of its name."""
+    arm = ArmCallback(tokenizer(), generator=FAST, min_pseudo_samples=4)
+    models, texts = [], []
+    for rows in ("a", "b"):
+        torch.manual_seed(0)
+        model = fresh_pool()
+        model.add_adapter("mine", SaptConfig(task_type="CAUSAL_LM", task_name="a"))
+        model.set_adapter("mine")
+        trainer(model, tmp_path / "runs", rows, [arm]).train()
+        models.append(model)
+        texts.append(dict(arm.pseudo_samples))
+    models[0].save_pretrained(tmp_path / "pool", selected_adapters=["mine"])
+    arm.save_replay(tmp_path / "pool")
+    assert texts_in(tmp_path / "pool") == texts[0] != texts[1]
+
+
+def test_a_callback_can_be_pickled(two) -> None:
+    _, arm, models, told = two
+    twin = pickle.loads(pickle.dumps(arm))
+    assert twin.ledger.of(models[0].base_model.pool).texts == told[0][1]

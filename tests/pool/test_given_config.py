@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from functools import partial
 
 import pytest
@@ -177,3 +178,59 @@ def test_every_tuner_layer_tells_its_widths(family, task_type, settings) -> None
     assert len(layers) > 1
     assert all(isinstance(m.in_features, int) and isinstance(m.out_features, int) and m.in_features for m in layers)
     assert model.base_model.router.out_features == 3
+
+
+# --- a config that its user changes afterwards -----------------------------------------------------------------------
+
+LATER = {"target_modules": ["v_proj"], "layers_to_transform": [0], "exclude_modules": ["q_proj"], "router": "ridge",
+         "query_activation": "between", "query_dim": 7, "task_name": "b", "modules_to_save": ["lm_head"],
+         "tasks": ["z"], "block": "prompt", "use_rslora": True}  # fmt: skip
+
+
+@pytest.mark.parametrize("save", ["save_pool", "save_pretrained"])
+@pytest.mark.parametrize("name", LATER)
+def test_what_is_saved_is_the_pool_and_not_its_users_object(name: str, save: str, tmp_path) -> None:
+    """A sweep that changes one config object for its next run."""
+    torch.manual_seed(0)
+    config = SaptConfig(task_type="CAUSAL_LM", tasks=["x", "a"], init_weights=False, temperature=0.1)
+    model = get_peft_model(base(), config).eval()
+    with torch.no_grad():
+        expected = model(**ROWS).logits
+        setattr(config, name, LATER[name])
+        save_pool(model, tmp_path) if save == "save_pool" else model.save_pretrained(tmp_path)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*another save.*")
+            loaded = PeftModel.from_pretrained(base(), tmp_path).eval()
+        torch.testing.assert_close(loaded(**ROWS).logits, expected)
+
+
+@pytest.mark.parametrize("name, value", [("top_k", 0), ("top_k", -1), ("top_k", "2"), ("min_weight", 2.0),
+                                         ("temperature", 0), ("temperature", -1.0), ("answer_header", []),
+                                         ("answer_header", "abc"), ("kernel", "fast"), ("fallback", 0.5)])  # fmt: skip
+@pytest.mark.parametrize("grown", [False, True])
+def test_options_that_are_set_later_are_checked(name: str, value: object, grown: bool) -> None:
+    model = build_pool("llama", TASKS).eval()
+    if grown:
+        commit(model)
+    before = getattr(model.peft_config["default"], name)
+    setattr(model.peft_config["default"], name, value)
+    for _ in range(2):
+        with pytest.raises(SaptError, match=name):
+            model(**ROWS)
+    setattr(model.peft_config["default"], name, before)
+    assert model(**ROWS).logits.isfinite().all()
+
+
+def test_a_rank_and_a_name_that_are_set_before_the_pool_is_built() -> None:
+    config = SaptConfig(task_type="CAUSAL_LM", task_name="a")
+    config.r, config.lora_alpha, config.task_name = 16, 8, "news"
+    model = get_peft_model(base(), config)
+    assert model.tasks == ["news"] and model.peft_config["default"].task_ranks == [16]
+    assert {len(v) for k, v in model.task_state("news").items() if "sapt_A" in k} == {16}
+    assert model.base_model.pool.config.scalings == [0.5]
+
+
+def test_a_dropout_as_saved_passes_load_adapter(tmp_path) -> None:
+    build_pool("llama", TASKS, lora_dropout=0.25).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(build_pool("llama", TASKS).unload(), tmp_path)
+    model.load_adapter(tmp_path, "again", lora_dropout=0.25)

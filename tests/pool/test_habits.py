@@ -9,7 +9,8 @@ import torch
 import transformers
 
 from helpers.campaigns import campaign
-from helpers.habits import ANSWERS, HABITS, Walk, no_answers_read
+from helpers.habits import HABITS, Walk
+from helpers.habits_watch import ANSWERS, no_answers_read
 
 LENGTH = 10  # habits of a walk
 IN_CI, IN_CAMPAIGN = 100, 400

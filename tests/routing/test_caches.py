@@ -314,3 +314,46 @@ def test_weights_given_with_a_copied_cache_hold() -> None:
         warnings.simplefilter("error")
         got = pool(PROMPTS[:1, 5:], past_key_values=copy.deepcopy(kept), sapt_weights=weights)
     torch.testing.assert_close(kept_with(got.past_key_values).mixture.weights, weights)
+
+
+@pytest.mark.parametrize("more", [{"output_hidden_states": True}, {"output_attentions": True}, {}])
+def test_encoder_outputs_with_all_that_can_be_in_them(more: dict[str, bool]) -> None:
+    pool = build_pool("t5", TASKS).eval()
+    batch, start = padded(token_rows([9, 9, 9], seed=3)), torch.tensor([[PAD, 5]] * 3)
+    weights, order = pool.attention_weights(**batch), [2, 0, 1]
+    encoded = pool.get_base_model().get_encoder()(**batch, **more)
+    encoded.last_hidden_state = encoded.last_hidden_state[order]
+    expected = pool(encoder_outputs=encoded, decoder_input_ids=start, sapt_weights=weights[order]).logits
+    torch.testing.assert_close(pool(encoder_outputs=encoded, decoder_input_ids=start).logits, expected)
+
+
+def test_a_system_prompt_that_is_repeated_for_several_users_is_told() -> None:
+    pool = pool_of("Llama")
+    cache = pool(PROMPTS[:1, :5], use_cache=True).past_key_values
+    cache.batch_repeat_interleave(3)
+    with pytest.warns(UserWarning, match="system prompt"):
+        pool(PROMPTS[:, 5:], past_key_values=cache)
+
+
+def test_assistants_chats_and_samples_of_one_prompt_are_not_told() -> None:
+    pool, assistant = pool_of("Llama"), pool_of("Llama", tasks=["x", "y"])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*system prompt.*")
+        pool.generate(PROMPTS[:1], assistant_model=assistant, max_new_tokens=8, do_sample=False)
+        found = pool.generate(PROMPTS, max_new_tokens=3, return_dict_in_generate=True)
+        found.past_key_values.crop(-1)
+        pool(torch.cat([NEXT, NEXT, NEXT, NEXT], 1), past_key_values=found.past_key_values)  # the next turn
+        prefix = pool(PROMPTS[:, :-1], use_cache=True).past_key_values
+        for _ in range(2):
+            pool.generate(PROMPTS, past_key_values=copy.deepcopy(prefix), max_new_tokens=2)
+
+
+def test_a_cache_of_other_tasks_is_refused() -> None:
+    """As many as before, but not the same."""
+    pool = pool_of("Llama")
+    cache = pool(PROMPTS, use_cache=True).past_key_values
+    pool.remove_task("a")
+    pool.commit_task([{"input_ids": PROMPTS}])
+    pool.add_task("d")
+    with pytest.raises(WeightsError, match="carries no attention weights of the active pool"):
+        pool.eval()(NEXT, past_key_values=cache)

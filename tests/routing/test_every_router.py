@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from helpers.steps import digests, step
 from helpers.tiny import FAMILIES, assert_real_pool, build_pool, padded, token_rows
 from peft_sapt import SaptConfig
-from peft_sapt.errors import ChangedTensorError, SaptError, TaskError
+from peft_sapt.errors import ChangedTensorError, SaptError, TaskError, TrainingError
 from peft_sapt.routing import ROUTERS
 
 ROWS = token_rows([5, 9, 3, 14])
@@ -142,7 +142,11 @@ def test_a_commit_of_nothing_is_refused_with_the_cure(kind: str, tmp_path) -> No
     model.eval()
     labels = batch[0]["input_ids"].masked_fill(batch[0]["attention_mask"] == 0, -100)
     labels[:, :-1] = -100
-    model(**batch[0], labels=labels).loss.backward()  # a gradient, but no training
+    if model.base_model.router.needs_replay:
+        model(**batch[0], labels=labels).loss.backward()  # a gradient, but no training
+    else:
+        with pytest.raises(TrainingError, match=r"eval mode.*model\.train\(\)"):
+            model(**batch[0], labels=labels)
     with pytest.raises(TaskError, match=r"eval mode.*commit_task\(inputs=batches\)"):
         model.commit_task()
     train(model)

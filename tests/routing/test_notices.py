@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shelve
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -127,7 +129,7 @@ def test_right_padded_scoring_without_a_mask(pad: int) -> None:
 
 def test_what_looks_like_padding() -> None:
     def token(*rows: list[int]) -> int | None:
-        return padding_token(torch.tensor(rows))
+        return padding_token(torch.tensor(rows), {0})
 
     assert token([5, 6, 0, 0], [5, 6, 7, 8]) == 0
     assert token([5, 6, 7, 0], [5, 6, 7, 8]) is None, "one such token may be a word"
@@ -135,7 +137,58 @@ def test_what_looks_like_padding() -> None:
     assert token([5, 6, 0, 0], [5, 7, 0, 0]) is None, "all rows end so"
     assert token([5, 6, 0, 0], [5, 6, 9, 9], [5, 6, 7, 8]) is None, "two tokens"
     assert token([5, 6, 0, 0], [5, 6, 8, 0], [5, 6, 7, 8]) is None, "it ends a row of full length"
+    assert token([5, 6, 7, 8, 8], [9, 10, 11, 12, 13]) is None, "a word may be doubled"
+    assert token([5, 8, 8, 8, 8], [9, 10, 11, 12, 13]) == 8
     model = build_pool("llama", TASKS).eval()
     ids = torch.tensor([row + [PAD] * (8 - len(row)) for row in token_rows([5, 8])])
     with torch.no_grad():
         assert told(lambda: model(ids)) == [], "the model's own pad token is no prompt anyway"
+
+
+def test_nothing_that_a_caller_deletes_is_kept_alive() -> None:
+    """The look at callers' variables must not hold what they were."""
+    model = build_pool("llama", TASKS).eval()
+
+    def evaluate() -> bool:
+        batch, large = collate(ROWS), torch.empty(1000)
+        alive = weakref.ref(large)
+        with torch.no_grad():
+            model(batch["input_ids"], batch["attention_mask"])
+        del large
+        return alive() is not None
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert not evaluate()
+
+
+def test_whatever_callers_have_is_left_in_peace(tmp_path) -> None:
+    model = build_pool("llama", TASKS).eval()
+
+    class Lazy(dict):
+        def get(self, *args):
+            raise RuntimeError("loads everything")
+
+    def call() -> None:
+        data = Lazy()
+        with shelve.open(str(tmp_path / "x")) as inputs:
+            pass
+        batch = Lazy(labels="none")
+        with torch.no_grad():
+            model(torch.tensor(token_rows([5])))
+        assert inputs is not data is not batch
+
+    assert told(call) == []
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_loop_that_keeps_its_labels_in_a_container(kept: bool) -> None:
+    model, inputs = build_pool("llama", TASKS).eval(), BatchEncoding(collate(ROWS))
+    if not kept:
+        del inputs["labels"]
+    with torch.no_grad():
+        assert len(told(lambda: evaluated(model, inputs))) == kept
+
+
+def evaluated(model, inputs) -> None:
+    model(inputs["input_ids"], attention_mask=inputs["attention_mask"])

@@ -84,3 +84,13 @@ def test_packed_rows_are_packed_still(how: str) -> None:
     if how == "position_ids":
         pool(**wide, position_ids=F.pad(batch["position_ids"], (0, 2)), use_cache=False)
         assert len(torch.cat(pool.base_model.hooks.memory.seen("default"))) == 2 * len(rows)
+
+
+def test_positions_in_four_axes_begin_with_those_of_text() -> None:
+    """As Qwen-VL gives them: packed rows are told by the first axis, as in transformers."""
+    rows = token_rows([6, 5], seed=4)
+    ids = torch.tensor([[token for row in rows for token in row]])
+    positions = torch.tensor([[i for row in rows for i in range(len(row))]])
+    inputs = {"input_ids": ids, "position_ids": positions.expand(4, 1, -1)}
+    assert torch.equal(segments_of(inputs), segments_of({"input_ids": ids, "position_ids": positions}))
+    assert segments_of({**inputs, "attention_mask": torch.ones_like(ids)}) is None

@@ -76,7 +76,7 @@ def test_rows_with_several_images_or_none_are_refused(images_of: list[int], rout
     """Even where the count of images happens to be that of the rows."""
     pool, inputs = llava_pool(router=router), batch(images_of)
     with (
-        pytest.raises(WeightsError, match=r"vision_tower.*rows are images or sound.*exclude_modules"),
+        pytest.raises(WeightsError, match=r"vision_tower.*rows are no prompts.*exclude_modules"),
         torch.no_grad(),
     ):
         pool(**inputs)
@@ -134,7 +134,7 @@ def test_texts_by_images(texts: int, images: int) -> None:
     inputs["input_ids"][:, -1] = 2
     with torch.no_grad():
         if texts > 1:
-            with pytest.raises(WeightsError, match=r"vision_model.*rows are images"):
+            with pytest.raises(WeightsError, match=r"vision_model.*rows are no prompts"):
                 pool(**inputs, sapt_weights=torch.eye(3)[:texts])
         grid = pool(**inputs, sapt_task="c").logits_per_text
         for t in range(texts):
@@ -162,11 +162,90 @@ def test_what_is_a_tower() -> None:
 
 
 def test_when_rows_agree() -> None:
-    config = llava().config
-    assert rows_agree({"input_ids": torch.ones(2, 3)}, config)
-    assert rows_agree(batch([1, 1]), config) and not rows_agree(batch([2, 0]), config)
+    base = llava()
+    assert rows_agree({"input_ids": torch.ones(2, 3)}, base)
+    assert rows_agree(batch([1, 1]), base) and not rows_agree(batch([2, 0]), base)
     crops = batch([1, 1])
     crops["pixel_values"] = crops["pixel_values"].unsqueeze(1)
-    assert not rows_agree(crops, config)  # what the second dimension counts is not known
-    assert not rows_agree({"input_ids": torch.ones(2, 3), "pixel_values_videos": torch.ones(2, 3, 8, 8)}, config)
-    assert rows_agree({"input_ids": torch.ones(2, 3), "pixel_attention_mask": torch.ones(2, 8)}, config)
+    assert rows_agree(crops, base)  # one image of one crop
+    crops["pixel_values"] = crops["pixel_values"].repeat(1, 2, 1, 1, 1)
+    assert not rows_agree(crops, base)
+    assert not rows_agree({"input_ids": torch.ones(2, 3), "pixel_values_videos": torch.ones(2, 3, 8, 8)}, base)
+    assert rows_agree({"input_ids": torch.ones(2, 3), "pixel_attention_mask": torch.ones(2, 8)}, base)
+    assert not rows_agree({"input_ids": torch.ones(2, 3), "pixel_values": torch.ones(2, 3, 8, 8)}, clip())
+
+
+def git() -> tf.PreTrainedModel:
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 8, "patch_size": 4}  # fmt: skip
+    text = {k: v for k, v in TEXT.items() if k != "num_key_value_heads"}
+    return tf.GitForCausalLM(tf.GitConfig(vision_config=vision, **text))
+
+
+def deepseek() -> tf.PreTrainedModel:
+    return tf.DeepseekVLForConditionalGeneration(
+        tf.DeepseekVLConfig(
+            text_config=tf.LlamaConfig(**TEXT), vision_config=tf.SiglipVisionConfig(**VISION), image_token_id=IMAGE
+        )
+    )
+
+
+def blip2() -> tf.PreTrainedModel:
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    text = tf.OPTConfig(vocab_size=100, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+                        word_embed_proj_dim=32, max_position_embeddings=64, pad_token_id=1)  # fmt: skip
+    config = tf.Blip2Config(
+        vision_config={**shape, "image_size": 8, "patch_size": 4}, text_config=text, num_query_tokens=4,
+        qformer_config={**shape, "vocab_size": 100, "encoder_hidden_size": 16}, image_token_index=IMAGE,
+    )  # fmt: skip
+    return tf.Blip2ForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize(
+    "make, targets", [(deepseek, r"model\.aligner\.linear.*"), (blip2, ["language_projection", "qkv"])]
+)
+def test_towers_of_other_families(make, targets) -> None:
+    """Row 0 has both images, row 1 none."""
+    torch.manual_seed(0)
+    base = make()
+    base.get_input_embeddings().weight.data.normal_()
+    pool = pool_on(base, target_modules=targets)
+    ids = torch.tensor([[IMAGE] * 8 + [5, 6, 7], [50] * 8 + [8, 9, 10]])
+    images = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        with pytest.raises(WeightsError, match="rows are no prompts"):
+            pool(input_ids=ids, pixel_values=images)
+        pool(input_ids=ids, pixel_values=images, sapt_task="a")
+        pool(input_ids=ids[:1], pixel_values=images)
+
+
+def test_one_image_a_row_without_image_tokens() -> None:
+    torch.manual_seed(0)
+    base = git()
+    base.get_input_embeddings().weight.data.normal_()
+    pool = pool_on(base, target_modules=["q_proj", "v_proj", "query", "value"])
+    ids, images = torch.tensor(token_rows([5, 5])), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        whole = pool(input_ids=ids, pixel_values=images).logits
+        for i in range(2):
+            alone = pool(input_ids=ids[i : i + 1], pixel_values=images[i : i + 1]).logits
+            torch.testing.assert_close(whole[i : i + 1], alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("width", [4, 6])
+def test_layers_that_run_on_positions_first(width: int) -> None:
+    """XLNet's rows are positions: with as many of these as prompts nothing else would tell."""
+    torch.manual_seed(0)
+    base = tf.XLNetLMHeadModel(
+        tf.XLNetConfig(vocab_size=100, d_model=32, n_layer=2, n_head=4, d_inner=48, pad_token_id=1)
+    )
+    base.get_input_embeddings().weight.data.normal_()
+    pool = pool_on(base, target_modules=["layer_1", "layer_2"])
+    ids = torch.tensor(token_rows([width] * 4))
+    with torch.no_grad():
+        with pytest.raises(WeightsError, match="part of XLNetLMHeadModel"):
+            pool(input_ids=ids)
+        together = pool(input_ids=ids, sapt_task="b").logits
+        alone = torch.cat([pool(input_ids=ids[i : i + 1], sapt_task="b").logits for i in range(4)])
+        torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+        pool(input_ids=ids[:1])

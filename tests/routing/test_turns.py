@@ -128,3 +128,33 @@ def test_the_field() -> None:
 def test_it_is_saved(tmp_path) -> None:
     build_pool("llama", TASKS, answer_header=ASSISTANT).save_pretrained(tmp_path)
     assert SaptConfig.from_pretrained(tmp_path).answer_header == ASSISTANT
+
+
+NEWLINE = 50
+
+
+@pytest.mark.parametrize("ids, masked", [
+    ([5, 6, 7, NEWLINE, 20, 21, 22, 40, 41, NEWLINE, 23, 24, 2], [0, 1, 2, 3, 7, 8, 9]),  # a tool's output
+    ([5, 6, 7, 2, 20, 21, 2, 22, 23, 2], [0, 1, 2, 3, 6, 9]),  # end tokens within an answer
+    ([5, 6, 9, 20, 9, 21, 22, 9, 23], [0, 1, 2, 4, 7]),  # single masked tokens
+    ([5, 6, 7, NEWLINE, 20, NEWLINE, 21], [0, 1, 2, 3, 5]),  # two slots
+])  # fmt: skip
+def test_gaps_in_an_answer_are_no_turns(ids: list[int], masked: list[int]) -> None:
+    model = build_pool("llama", TASKS).eval()
+    labels = torch.tensor([[-100 if i in masked else token for i, token in enumerate(ids)]])
+    with torch.no_grad():
+        model(input_ids=torch.tensor([ids]), labels=labels)
+
+
+def test_a_header_of_one_token() -> None:
+    """[INST] question [/INST] answer, twice: the turn begins as the row does."""
+    ids = [3, 6, 30, 31, 7, 40, 41, 2, 6, 32, 33, 34, 7, 42, 2]
+    labels = [-100] * 5 + [40, 41, 2] + [-100] * 5 + [42, 2]
+    model = build_pool("llama", TASKS)
+    with pytest.raises(PromptError, match=r"behind the tokens \[7\]"):
+        model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels]))
+
+
+def test_an_encoder_has_no_answers() -> None:
+    with pytest.raises(SaptError, match="answer_header is for decoders"):
+        SaptConfig(task_type="SEQ_2_SEQ_LM", answer_header=[5])

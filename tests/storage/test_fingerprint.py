@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -52,12 +53,12 @@ def kinds(base: nn.Module) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_kind_of_weight_alone_shows(family: str) -> None:
-    """In every layer, in the lower half and in the upper half: embeddings, head, attention and feed-forward alike."""
+    """In every layer, in one layer, in the upper half: embeddings, head, attention and feed-forward alike."""
     base = base_of(family)
     known, parameters = fingerprint(base), dict(base.named_parameters())
     assert differing(known, base) is None
     for kind, names in kinds(base).items():
-        for part in (names, names[: -(-len(names) // 2)], names[len(names) // 2 :]):
+        for part in (names, names[1:2] or names, names[len(names) // 2 :]):
             before = {name: parameters[name].detach().clone() for name in part}
             with torch.no_grad():
                 for name in part:
@@ -74,8 +75,7 @@ def test_each_kind_of_weight_alone_shows(family: str) -> None:
 def test_it_stays_small(family: str) -> None:
     base = base_of(family)
     known = fingerprint(base)
-    per_kind = [sum(re.sub(r"\d+", "#", name) == kind for name in known) for kind in kinds(base)]
-    assert max(per_kind) == LAYERS and sum(len(entry["values"]) for entry in known.values()) <= 130 * VALUES
+    assert len(json.dumps(known)) < 100_000 and sum(len(e["values"]) for e in known.values()) <= 30 * VALUES * LAYERS
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj", "down_proj"]])
