@@ -17,7 +17,7 @@ from ..pool import lifecycle, warm_start
 from ..pool.view import Pool
 from ..pool_module import sharding_of
 from ..storage.atomic import write_atomically
-from ..storage.replay_rows import stored_replay
+from ..storage.replay_rows import note_rows, stored_replay
 from .checks import can_generate, isolated_rng, pool_of
 from .generator import GeneratorSettings
 from .guard import Guard
@@ -232,6 +232,7 @@ class Reflection:
         for name, texts in {name: texts for found in told for name, texts in found.items()}.items():
             lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
             write_atomically(target / f"{name}.jsonl", lines.encode())
+        note_rows(target, {name: rows for found in saved for name, rows in found.items()})
         refresh_card(folder)  # which says that there is text
 
     # --- parts --------------------------------------------------------------------------------------------------

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from ..errors import ChangedTensorError, SaveError
 from ..hub.card import PICTURE, refresh_card
-from ..storage.manifest import differences, is_manifest, opened, read_manifest
-from ..storage.replay_rows import stored_replay
+from ..storage.manifest import differences, digest, is_manifest, opened, read_manifest
+from ..storage.replay_rows import note_rows, noted_rows, stored_replay
 
 LOCK, STAGING, REPLAY = ".peft-sapt.lock", ".saving-", "replay"
 
@@ -83,12 +83,13 @@ def foreign_texts(folder: Path, staging: Path) -> set[str]:
     """Tasks of the pool in ``folder`` of which it has a text, but whose replay rows are others, or none, in
     ``staging``. Without a readable pool in ``folder`` nothing is known of its texts, and none is named."""
     before, now = stored_replay(folder) or {}, stored_replay(staging) or {}
-    texts = {path.stem for path in (folder / REPLAY).glob("*.jsonl")}
-    return {name for name in texts & set(before) if not is_same(before.get(name), now.get(name))}
+    texts, noted = {path.stem for path in (folder / REPLAY).glob("*.jsonl")}, noted_rows(folder / REPLAY)
+    other = {name for name in texts & set(noted) if name not in now or digest(now[name].float()) != noted[name]}
+    return other | {name for name in texts & set(before) - set(noted) if not is_same(before[name], now.get(name))}
 
 
-def is_same(before: Tensor | None, now: Tensor | None) -> bool:
-    return before is not None and now is not None and before.shape == now.shape and torch.equal(before, now)
+def is_same(before: Tensor, now: Tensor | None) -> bool:
+    return now is not None and before.shape == now.shape and torch.equal(before, now)
 
 
 def take_away_if_empty(folder: Path) -> None:
@@ -115,6 +116,8 @@ def stage(model: Any, folder: Path, staging: Path, arm: Any) -> set[str]:
         if text.stem not in gone and is_own_file(text):
             (staging / REPLAY).mkdir(exist_ok=True)
             shutil.copyfile(text, staging / REPLAY / text.name)
+    if (staging / REPLAY).is_dir():
+        note_rows(staging / REPLAY, stored_replay(staging) or {})
     refresh_card(staging)  # which speaks of the texts
     if arm is not None:
         arm.save_replay(staging)

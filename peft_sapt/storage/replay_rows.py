@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
 from ..errors import PoolFormatError
-from .manifest import is_manifest, opened, read_manifest
+from .atomic import write_atomically
+from .manifest import digest, is_manifest, opened, read_manifest
+
+NOTE = "rows.json"  # beside the texts: by task, the digest of the rows that its text stands for
 
 
 def stored_replay(folder: Path) -> dict[str, Tensor] | None:
@@ -26,3 +31,19 @@ def stored_replay(folder: Path) -> dict[str, Tensor] | None:
             return dict(zip(manifest["tasks"], file.get_tensor(key).split(manifest["replay_rows"]), strict=True))
     except (KeyError, PoolFormatError, RuntimeError, StopIteration, TypeError, ValueError):
         return None
+
+
+def note_rows(folder: Path, rows: Mapping[str, Tensor]) -> None:
+    """Note in a ``folder`` of texts whose rows each of them stands for."""
+    noted = {name: digest(rows[name].float()) for name in rows if (folder / f"{name}.jsonl").is_file()}
+    if noted:
+        write_atomically(folder / NOTE, (json.dumps({**noted_rows(folder), **noted}, sort_keys=True) + "\n").encode())
+
+
+def noted_rows(folder: Path) -> dict[str, str]:
+    """What [`note_rows`] noted in ``folder``; nothing where there is no readable note."""
+    try:
+        found = json.loads((folder / NOTE).read_bytes())
+    except (OSError, RecursionError, ValueError):
+        return {}
+    return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}

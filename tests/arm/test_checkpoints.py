@@ -116,3 +116,18 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path) -> None:
     )  # fmt: skip
     run.train()
     assert model.committed_tasks == ["a"]
+
+
+def test_a_trainer_without_the_callback_after_one_with_it(tmp_path) -> None:
+    """Its checkpoints have no mark, and need none: the look for marks ends with the Trainer that makes them."""
+    model = fresh_pool()
+    trainer(model, tmp_path / "one", "a", [arm()], max_steps=2).train()
+    model.add_task("b")
+    best = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    run = Trainer(
+        model, arguments(tmp_path / "two", max_steps=2, load_best_model_at_end=True, **best),
+        train_dataset=rows_of("b"), eval_dataset=rows_of("b", seed=1)[:8], data_collator=collate,
+    )  # fmt: skip
+    run.train()
+    model.commit_task()
+    assert model.committed_tasks == ["a", "b"]

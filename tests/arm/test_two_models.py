@@ -75,6 +75,15 @@ def test_another_pools_texts_are_taken_out_of_a_folder(two, tmp_path) -> None:
     assert (tmp_path / "replay" / "a.jsonl").exists()
 
 
+def test_texts_left_under_a_pool_that_was_written_over(two, tmp_path) -> None:
+    """save_pretrained writes in place and knows nothing of texts; the next save_pool sees whose they are."""
+    _, arm, models, _ = two
+    save_pool(models[0], tmp_path, arm)
+    models[1].save_pretrained(tmp_path)
+    save_pool(models[1], tmp_path)
+    assert texts_in(tmp_path) == {}
+
+
 def test_a_generator_of_another_pool_is_not_drawn_from(two) -> None:
     """Both wrote to one folder, so that the second one's is there now."""
     _, arm, models, told = two

@@ -111,8 +111,8 @@ class Weights:
     def __enter__(self) -> Weights:
         compute = self.hooks.mixture_for
 
-        def noted(*args: Any) -> Any:
-            mixture = compute(*args)
+        def noted(*args: Any, **more: Any) -> Any:
+            mixture = compute(*args, **more)
             self.seen.append(mixture.weights.detach().clone())
             return mixture
 

@@ -66,8 +66,8 @@ def other_weights(walk: Walk, patch: pytest.MonkeyPatch) -> None:
     hooks = type(walk.model.base_model.hooks)
     compute = hooks.mixture_for
 
-    def rolled(self, *args):
-        mixture = compute(self, *args)
+    def rolled(self, *args, **more):
+        mixture = compute(self, *args, **more)
         mixture.weights = mixture.weights.roll(1, dims=1)
         return mixture
 

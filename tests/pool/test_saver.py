@@ -66,7 +66,7 @@ def test_texts_of_tasks_that_stay_are_kept(tmp_path) -> None:
     for name in ("a", "b", "c", "my_own_rows"):
         (tmp_path / "replay" / f"{name}.jsonl").write_text("old\n")
     save_pool(pool_of(2), tmp_path, Arm())
-    found = {p.stem: p.read_text() for p in (tmp_path / "replay").iterdir()}
+    found = {p.stem: p.read_text() for p in (tmp_path / "replay").glob("*.jsonl")}
     assert found == {"a": "old\n", "b": "new\n", "my_own_rows": "old\n"}, "c alone is no longer in the pool"
     save_pool(pool_of(2), tmp_path)
     assert "`replay/` holds the text" in (tmp_path / "README.md").read_text(), (
