@@ -158,6 +158,12 @@ class Linear(nn.Module, SaptLayer):
         a, b = self.sapt_A[adapter].weight, self.sapt_B[adapter].weight
         old_a = self.sapt_old_A[adapter].weight if adapter in self.sapt_old_A else None
         old_b = self.sapt_old_B[adapter].weight if adapter in self.sapt_old_B else None
+        if a.is_meta and not x.is_meta:
+            raise WeightsError(
+                f"The blocks of {self.name} are on the meta device: their weights are not loaded, or accelerate's "
+                "cpu_offload or disk_offload has put them aside, which pools do not support. Keep the model in memory, "
+                "or spread it over devices with device_map."
+            )
         x = self.as_factors(x, a)
         factors: Factors = (old_a, old_b, a, b, scales)
         if mixture is not None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer
 
@@ -14,7 +15,7 @@ from helpers.tiny import build_pool, commit, labelled, padded, tiny_llama, token
 from helpers.training import arguments, fresh_pool
 from helpers.words import collate, rows_of, tokenizer
 from peft_sapt import ArmCallback, SaptConfig
-from peft_sapt.errors import PromptError, SaptError, TrainingError
+from peft_sapt.errors import PromptError, SaptError, TrainingError, WeightsError
 
 TASKS = ["a", "b", "c"]
 ROWS = token_rows([6, 9, 7])
@@ -242,3 +243,11 @@ def test_a_wrapper_that_is_called_by_position() -> None:
     ids = torch.tensor(token_rows([5]))
     with torch.no_grad():
         torch.testing.assert_close(pool.eval()(ids).logits, pool(input_ids=ids).logits)
+
+
+def test_accelerates_offload() -> None:
+    model, ids = build_pool("llama", TASKS).eval(), torch.tensor(token_rows([6]))
+    cpu_offload(model, torch.device("cpu"))
+    for given in ({}, {"sapt_task": "a"}):
+        with pytest.raises((WeightsError, PromptError), match=r"meta device.*cpu_offload.*device_map"):
+            model(ids, **given)

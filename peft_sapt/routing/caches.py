@@ -8,9 +8,11 @@ tensors are others, and the rows in them tell which weights are whose.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
@@ -224,8 +226,14 @@ def length_of(cache: Any) -> int:
         return 0  # it has no attention layer, whose length it could tell
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def _version(tensor: Tensor) -> float:
+    """What changes when ``tensor`` is written to; torch counts no writes under inference_mode, so there it is a sum by
+    which an exchange of rows shows."""
+    if not tensor.is_inference():
+        return tensor._version
+    rows = tensor.float().flatten(1).sum(dim=1) if tensor.dim() > 1 else tensor.float()  # [B]
+    found = float((rows * torch.arange(1, len(rows) + 1, device=rows.device)).sum())
+    return found if math.isfinite(found) else 0.0
 
 
 def _cut(tensor: Tensor, sizes: list[int]) -> Tensor:

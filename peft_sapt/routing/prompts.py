@@ -80,10 +80,11 @@ def token_table(module: nn.Module) -> nn.Module:
             f"A {type(module).__name__} gives no token embeddings to compute attention weights from: pass "
             "sapt_weights=[B, T] or sapt_task=name."
         )
-    if any(p.device.type == "meta" for p in table.parameters()) and not hasattr(table, "_hf_hook"):
+    if any(p.device.type == "meta" for p in table.parameters()):
         raise PromptError(
             f"The token embeddings of this {type(module).__name__} are on the meta device, which holds no numbers: "
-            "load the weights, or move the model with to_empty and load_state_dict, before it runs."
+            "load the weights, with to_empty and load_state_dict, before it runs; if accelerate's cpu_offload or "
+            "disk_offload has put them aside, keep the model in memory, or spread it over devices with device_map."
         )
     return table
 

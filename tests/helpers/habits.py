@@ -42,7 +42,9 @@ class Walk:
         self.subjects = [Subject(get_peft_model(base(), config(self.kind, "a")))]
         self.runs: list[Trainer] = []
         self.optimizers: list[torch.optim.Optimizer] = []
-        self.caches: list[tuple[Subject, Any, torch.Tensor, str]] = []  # of a subject: cache, its weights, its adapter
+        self.caches: list[
+            tuple[Subject, Any, torch.Tensor, tuple[str, list[str]]]
+        ] = []  # cache, weights, of what pool
         self.refusals: Counter[str] = Counter()
         self.saves = 0
 
@@ -305,9 +307,9 @@ class Walk:
 
     def kept_cache(self, n: int) -> None:
         """A chat: a cache of before goes on, its weights with it."""
-        for subject, cache, weights, adapter in self.caches[-1:]:
+        for subject, cache, weights, of in self.caches[-1:]:
             model = subject.model.eval()
-            if subject.adapter != adapter or weights.shape[1] != len(model.tasks):
+            if (subject.adapter, model.tasks) != of:
                 continue
             order = self.random.sample(range(len(weights)), len(weights)) if n & 1 else list(range(len(weights)))
             if n & 1:
@@ -315,13 +317,14 @@ class Walk:
             with torch.no_grad(), Weights(model) as used:
                 model(torch.full((len(weights), 2), 12), past_key_values=cache)
             torch.testing.assert_close(used.last(), weights[order], atol=1e-6, rtol=0)
-            self.caches[-1] = subject, cache, weights[order], adapter
+            self.caches[-1] = subject, cache, weights[order], of
             return
         model, batch = self.model.eval(), prompts_of("b", seed=2)
         batch = {name: value[:3] for name, value in batch.items()}
         with torch.no_grad():
             cache = model(**batch, use_cache=True).past_key_values
-        self.caches.append((self.subject, cache, model.attention_weights(**batch), self.subject.adapter))
+        of = self.subject.adapter, model.tasks
+        self.caches.append((self.subject, cache, model.attention_weights(**batch), of))
 
     def generated(self, n: int) -> None:
         batch = {name: value[:3] for name, value in prompts_of("c", seed=n).items()}

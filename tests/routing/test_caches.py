@@ -201,6 +201,18 @@ def test_a_static_cache() -> None:
     torch.testing.assert_close(pool(PROMPTS, past_key_values=cache).logits, pool(PROMPTS).logits, atol=1e-5, rtol=0)
 
 
+def test_rows_exchanged_in_place_under_inference_mode() -> None:
+    """Where torch counts no writes."""
+    pool, order = pool_of("Llama"), [2, 0, 1]
+    with torch.inference_mode():
+        cache = pool(PROMPTS, use_cache=True).past_key_values
+        cache = pool(NEXT, past_key_values=cache).past_key_values  # untouched
+        for layer in cache.layers:
+            layer.keys[:], layer.values[:] = layer.keys[order], layer.values[order]
+        with pytest.raises(WeightsError, match="changed in place"):
+            pool(NEXT[order], past_key_values=cache)
+
+
 def test_rows_that_no_longer_tell_are_refused() -> None:
     pool = pool_of("Llama")
     cache = pool(PROMPTS, use_cache=True).past_key_values
