@@ -161,8 +161,8 @@ class Linear(nn.Module, SaptLayer):
         if a.is_meta and not x.is_meta:
             raise WeightsError(
                 f"The blocks of {self.name} are on the meta device: their weights are not loaded, or accelerate's "
-                "cpu_offload or disk_offload has put them aside, which pools do not support. Keep the model in memory, "
-                "or spread it over devices with device_map."
+                "cpu_offload or disk_offload has put them aside, which pools do not support. Keep the model in "
+                "memory, or spread it over devices with device_map."
             )
         x = self.as_factors(x, a)
         factors: Factors = (old_a, old_b, a, b, scales)

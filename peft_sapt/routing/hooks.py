@@ -210,17 +210,14 @@ class RoutingHooks:
         a logits processor or a streamer may run it."""
         cache, ids, prompt = past_of(inputs), inputs.get("input_ids"), session.prompt
         if session.last is None:
-            return True
+            return ids is None or prompt is None or follows(ids, prompt)
         if cache is not None:
             return session.cache is None or cache is session.cache or kept_with(cache) is None
         if session.cache is not None:
             return False
         if module is self.base and is_encoder_decoder(module):
             return inputs.get("encoder_outputs") is not None
-        if ids is None or prompt is None:
-            return True
-        copies, width = len(ids) // len(prompt), prompt.shape[1]  # recomputed from the start at each token
-        return bool(torch.equal(ids[:, :width], prompt.repeat_interleave(copies, dim=0))) if copies else False
+        return ids is None or prompt is None or follows(ids, prompt)  # recomputed from the start at each token
 
     def given_weights(self, adapter: str, inputs: dict[str, Any], batch: int, device: torch.device) -> Tensor:
         tasks = self.config_of(adapter).tasks
@@ -278,6 +275,18 @@ class RoutingHooks:
                 self.refuse_eval_mode(adapter)
             weights = select(weights, config.top_k, config.min_weight)
         return weights if segments is None else weights[segments]  # [B, T] or [B, S, T]
+
+
+def follows(ids: Tensor, prompt: Tensor) -> bool:
+    """Whether rows of ``ids`` [B', S'] are those of ``prompt`` [B, S], for each of their beams: continued, or a part
+    from its start or to its end."""
+    if len(ids) % len(prompt):
+        return False
+    rows, width = (
+        prompt.repeat_interleave(len(ids) // len(prompt), dim=0).to(ids.device),
+        min(ids.shape[1], prompt.shape[1]),
+    )
+    return torch.equal(ids[:, :width], rows[:, :width]) or torch.equal(ids[:, -width:], rows[:, -width:])
 
 
 def new_tokens(inputs: dict[str, Any]) -> int:
