@@ -72,8 +72,21 @@ def load_config(
         raise ConfigFileError(f"{folder / CONFIG_NAME} describes a {config.peft_type} adapter, not a pool.")
     if manifest is not None:
         config = reconciled(config, manifest, folder)
+        tell_of_scales(config, manifest, folder)
         refuse_more_than(config, os.path.getsize(folder / SAFETENSORS_WEIGHTS_NAME), folder)
     return with_options(config, options, str(name_or_path))
+
+
+def tell_of_scales(config: SaptConfig, manifest: dict[str, Any], folder: Path) -> None:
+    """Say that a rank or alpha which was changed in a file does nothing to the blocks that are there."""
+    saved = manifest.get("config")
+    for name in ("r", "lora_alpha") if isinstance(saved, dict) else ():
+        if name in saved and saved[name] != getattr(config, name):  # type: ignore[operator, index]  # a dict, as just seen
+            warnings.warn(
+                f"{name}={getattr(config, name)!r} in {folder / CONFIG_NAME} counts for tasks that are added from now "
+                "on: the blocks that are there keep their own. Scale a block by sapt_weights, or by export_mixture.",
+                stacklevel=5,
+            )
 
 
 def with_options(config: C, options: dict[str, Any], where: str) -> C:

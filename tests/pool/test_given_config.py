@@ -234,3 +234,16 @@ def test_a_dropout_as_saved_passes_load_adapter(tmp_path) -> None:
     build_pool("llama", TASKS, lora_dropout=0.25).save_pretrained(tmp_path)
     model = PeftModel.from_pretrained(build_pool("llama", TASKS).unload(), tmp_path)
     model.load_adapter(tmp_path, "again", lora_dropout=0.25)
+
+
+@pytest.mark.parametrize("name", ["lora_alpha", "r"])
+def test_a_scale_that_is_changed_in_a_file_is_told(name: str, tmp_path) -> None:
+    """As people scale LoRA at inference: here it does nothing to blocks that are there."""
+    model = build_pool("llama", TASKS).eval()
+    save_pool(model, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: 64}))
+    with pytest.warns(UserWarning, match=rf"{name}=64 in .* counts for tasks that are added from now on"):
+        loaded = PeftModel.from_pretrained(build_pool("llama", TASKS).unload(), tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**ROWS).logits, model(**ROWS).logits)
