@@ -8,7 +8,7 @@ from torch import Tensor
 from ..config import SaptConfig
 from ..errors import PromptError, TaskError, TrainingError
 from ..routing.memory import freeze_committed
-from ..routing.optimizers import UNMOVED, block_sums, steps_taken
+from ..routing.optimizers import UNMOVED, block_sums, newest_block, steps_taken
 from ..routing.prompts import embedding_weight
 from ..validation import check_task_name, checked_record
 from .view import Batches, Pool
@@ -141,6 +141,10 @@ def refuse_unmoved(pool: Pool) -> None:
     start, adapter = pool.memory.start_of(pool.adapter), pool.adapter
     if start is None or not start[1] or start[0] == steps_taken() or adapter in pool.memory.block_is_held:
         return
+    if adapter in pool.memory.block_is_imported:  # it need not move: training may have been the router's alone
+        unused = all(p.grad is None for p in newest_block(pool.base, adapter))
+        if unused or adapter in pool.memory.router_is_held:
+            return
     if block_sums(pool.base, adapter) == start[1]:
         raise TrainingError(UNMOVED.format(task=pool.current_task))
 

@@ -80,7 +80,8 @@ class RoutingHooks:
         """The config of a pool, with what its user has set at ``peft_config`` since; raises [`SaptError`] for values
         outside their range."""
         config = self.memory.configs[adapter]
-        shown = getattr(self.base, "peft_config", {}).get(adapter, config)
+        shown = getattr(self.base, "peft_config", {}).get(adapter)
+        shown = shown if isinstance(shown, SaptConfig) else config  # after unload it may be anybody's
         values = tuple(getattr(shown, name) for name in FOLLOWED)
         if values != self.followed.get(adapter):
             trial = copy.copy(config)

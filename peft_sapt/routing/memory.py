@@ -42,6 +42,8 @@ class TaskMemory(FreePoolModule):
         self._fitted: dict[str, Tensor] = {}
         self._starts: dict[str, tuple[int, Any]] = {}
         self.block_is_held: set[str] = set()  # adapters whose newest block an optimizer has held at a step
+        self.router_is_held: set[str] = set()  # adapters of whose router alone one has held parts
+        self.block_is_imported: set[str] = set()  # adapters whose newest block came from elsewhere and need not move
         LIVE.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -196,6 +198,8 @@ class TaskMemory(FreePoolModule):
         """Forget what [`note_start`] noted, and who held the block."""
         self._starts.pop(adapter, None)
         self.block_is_held.discard(adapter)
+        self.router_is_held.discard(adapter)
+        self.block_is_imported.discard(adapter)
 
     def start_of(self, adapter: str) -> tuple[int, Any] | None:
         """What [`note_start`] noted of the newest task; None before it trains."""

@@ -37,7 +37,7 @@ UNMOVED = (
 )
 LORA_PLUS = 4  # groups of PEFT's helper: A, embeddings, B, B without decay
 Sums = list[tuple[float, float]]
-_looked_at: WeakKeyDictionary[torch.optim.Optimizer, tuple[int, list[tuple[ref[TaskMemory], str]]]] = (
+_looked_at: WeakKeyDictionary[torch.optim.Optimizer, tuple[int, list[tuple[ref[TaskMemory], str, bool]]]] = (
     WeakKeyDictionary()
 )
 _counts = {"steps": 0, "watching": 0}
@@ -65,10 +65,10 @@ def before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         _refuse_replaced(optimizer)
         _refuse_by_name(optimizer)
         known = _looked_at[optimizer] = replacements(), _pools_in(optimizer)
-    for reference, adapter in known[1]:
+    for reference, adapter, block in known[1]:
         memory = reference()
         if memory is not None:
-            memory.block_is_held.add(adapter)
+            (memory.block_is_held if block else memory.router_is_held).add(adapter)
     _counts["steps"] += 1
 
 
@@ -77,15 +77,16 @@ def _memories() -> list[TaskMemory]:
     return [memory for memory in list(LIVE) if memory.hooks is not None and memory.hooks.base is not None]
 
 
-def _pools_in(optimizer: torch.optim.Optimizer) -> list[tuple[ref[TaskMemory], str]]:
-    """The pools of whose newest blocks ``optimizer`` holds a part, each a memory and an adapter."""
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return [
-        (ref(memory), adapter)
-        for memory in _memories()
-        for adapter in memory.configs
-        if any(id(p) in held for p in newest_block(memory.hooks.base, adapter))
-    ]
+def _pools_in(optimizer: torch.optim.Optimizer) -> list[tuple[ref[TaskMemory], str, bool]]:
+    """The pools of which ``optimizer`` holds what trains: a memory, an adapter, and whether it is of the newest block
+    (or else of the router alone)."""
+    held, found = {id(p) for group in optimizer.param_groups for p in group["params"]}, []
+    for memory in _memories():
+        for adapter in memory.configs:
+            block = any(id(p) in held for p in newest_block(memory.hooks.base, adapter))
+            if block or any(id(p) in held for p in memory.hooks.router_of(adapter).parameters()):
+                found.append((ref(memory), adapter, block))
+    return found
 
 
 def _refuse_replaced(optimizer: torch.optim.Optimizer) -> None:

@@ -31,6 +31,14 @@ MOST_TASKS = 4
 KINDS = [{"router": router, "block": block} for router in ("attention", "ridge") for block in ("lora", "prompt")]
 
 
+def remove_noise(model: Any) -> None:
+    """Take away the hook that a Trainer with NEFTune leaves behind when it is interrupted, whatever interrupts it."""
+    table = model.get_base_model().get_input_embeddings()
+    for key, hook in list(table._forward_hooks.items()):
+        if getattr(hook, "__name__", "") == "neftune_post_forward_hook":
+            del table._forward_hooks[key]
+
+
 class Walk:
     """One walk: its subjects, and the things that people keep."""
 
@@ -111,6 +119,8 @@ class Walk:
         was_open = subject.is_open() and subject.model.current_task == task
         before = {k: v.clone() for k, v in subject.model.task_state(task).items()}
         finished = self.ours(lambda: (call(), True))
+        if not finished:
+            remove_noise(subject.model)
         if finished and was_open and task in subject.model.committed_tasks:
             after = subject.model.task_state(task)
             moved = any(not torch.equal(before[k], v) for k, v in after.items() if "_B" in k or "prompt" in k)
@@ -185,7 +195,7 @@ class Walk:
 
         def loop() -> None:
             self.arm.prepare(model, [batch])
-            optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+            optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad] or [torch.ones(1)], lr=0.1)
             model.train()(**batch).loss.backward()
             optimizer.step()
             self.arm.reflect(model)
