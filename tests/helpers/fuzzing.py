@@ -234,7 +234,7 @@ def parsers(folder: Path) -> list[Parser]:
     return [
         Parser("manifest", manifests, {"storage/manifest.py": "read_manifest differences check_loaded",
                                        "storage/fingerprint.py": "checked"}),
-        Parser("config", configs, {"config.py": "__post_init__ _check_ranges _check_tasks _check_auto_mapping",
+        Parser("config", configs, {"config.py": "__post_init__ check_ranges _check_tasks _check_auto_mapping",
                                    "pool/config_file.py": "read_values load_config reconciled",
                                    "validation.py": "check_task_name is_number is_positive is_int checked_record "
                                    "checked_records"}),
