@@ -173,7 +173,7 @@ def with_padding(module: nn.Module, pooled: Tensor, mask: Tensor, inputs: dict[s
     cut = inputs.get("labels") is not None or inputs.get("sapt_prompt_mask") is not None
     width = int(lengths.max()) if cut and not is_encoder_decoder(module) else mask.shape[1]
     with torch.no_grad():
-        pad_embedding = token_table(module)(torch.tensor([pad], device=mask.device)).float()  # [1, d]
+        pad_embedding = look_up(token_table(module), torch.tensor([pad], device=mask.device)).float()  # [1, d]
     padded = torch.maximum(pooled, pad_embedding)
     return torch.where((lengths < width).unsqueeze(1), padded, pooled)
 

@@ -90,3 +90,19 @@ def test_neftune_through_the_trainer(alpha: float | None, tmp_path) -> None:
     stored = model.base_model.hooks.memory.replay("default")[0]
     assert float((stored.unsqueeze(1) - clean).norm(dim=-1).min(dim=1).values.max()) < 1e-6
     assert arguments(tmp_path).neftune_noise_alpha is None
+
+
+@pytest.mark.parametrize("habit", [add_hook, add_dropout])
+def test_the_pad_embedding_of_the_official_code_is_plain_too(habit) -> None:
+    """Under pool_padding it takes part in the maximum of rows that the official code would pad."""
+    torch.manual_seed(0)
+    base = FAMILIES["llama"][1]()
+    torch.nn.init.normal_(base.get_input_embeddings().weight)
+    habit(base)
+    fields = {"pool_padding": True, "init_weights": False}
+    pool = get_peft_model(base, SaptConfig(task_type="CAUSAL_LM", tasks=["a", "b", "c"], **fields))
+    with torch.no_grad():
+        base.get_input_embeddings().weight[base.config.pad_token_id] += 3.0  # it leads in many places
+    batch = padded(ROWS)
+    inference = pool.eval().attention_weights(**batch)
+    assert torch.equal(pool.train().attention_weights(**batch), inference)
