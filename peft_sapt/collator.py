@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .errors import PromptError
 from .routing.packing import segments_of
-from .routing.prompt_mask import before_labels, before_labels_in_segments, refuse_first_token_alone
+from .routing.prompt_mask import before_answers
 
 
 class PromptMaskCollator:
@@ -83,12 +83,7 @@ class PromptMaskCollator:
         mask = attended_of(batch)
         if labels.shape != mask.shape:  # of a class, or of a decoder: the whole input is prompt
             return mask
-        segments = segments_of(batch)
-        if segments is not None:
-            return before_labels_in_segments(mask, labels, segments)
-        prompt = before_labels(mask, labels)
-        refuse_first_token_alone(prompt, labels, batch["input_ids"], set(), "position_ids" in batch)
-        return prompt
+        return before_answers(mask, labels, segments_of(batch), batch, special=set())
 
 
 def attended_of(batch: dict[str, Any]) -> Tensor:

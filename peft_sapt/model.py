@@ -26,7 +26,7 @@ from .pool.view import Batches, Pool
 from .pool_module import PoolModule
 from .routing import AttentionRouter, Router
 from .routing.forward_state import ForwardState
-from .routing.generation import check_prompt_generation, generation_mixture, held
+from .routing.generation import check_prompt_generation, held, session_of
 from .routing.hooks import SAPT_ARGUMENTS, RoutingHooks
 from .routing.install import install, memory_on, put_aside, uninstall
 from .routing.memory import TaskMemory
@@ -340,9 +340,7 @@ class SaptModel(BaseTuner):
         self._state.clear()
         if self.peft_config[adapter].block == "prompt":
             check_prompt_generation(kwargs, kwargs.get("generation_config"), self.model.generation_config)
-        prompt = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
-        prompt = prompt if isinstance(prompt, Tensor) and prompt.dim() == 2 else None
-        with held(self._state, generation_mixture(self.hooks, adapter, args, {**kwargs, **given}), prompt):
+        with held(self._state, session_of(self.hooks, adapter, args, {**kwargs, **given})):
             return self.model.generate(*args, **kwargs)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:

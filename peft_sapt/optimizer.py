@@ -51,9 +51,10 @@ def optimizer_groups(
             found["blocks"].append(parameter)
     if not any(found.values()):
         memory = next((m for m in model.modules() if isinstance(m, TaskMemory)), None)
-        active = [a for a in memory.active_adapters if memory.holds(a)] if memory is not None else []
-        why = memory.why_frozen(active[0]) if memory is not None and active else "No parameter has requires_grad=True."
-        raise TrainingError(why)
+        adapter = None if memory is None else memory.hooks.active()
+        if memory is not None and adapter is not None:
+            memory.refuse_untrainable(adapter)
+        raise TrainingError("No parameter has requires_grad=True.")
     rate = lr if attention_lr is None else attention_lr
     settings = {
         "blocks": (lr, weight_decay),

@@ -64,7 +64,7 @@ def linear_from(weight: Tensor, trainable: bool = False) -> nn.Linear:
 
 
 SUCCESSOR = "_sapt_successor"  # on a parameter that was replaced: the one in its place
-_replaced = [0]
+_changes = [0]
 
 
 def replace_part(containers: Linears, adapter: str, weight: Tensor) -> None:
@@ -72,12 +72,12 @@ def replace_part(containers: Linears, adapter: str, weight: Tensor) -> None:
     before = containers[adapter].weight
     containers[adapter] = linear_from(weight)
     setattr(before, SUCCESSOR, containers[adapter].weight)
-    _replaced[0] += 1
+    _changes[0] += 1
 
 
-def replacements() -> int:
-    """How often a part was replaced in this process."""
-    return _replaced[0]
+def changes_of_parts() -> int:
+    """How often in this process a part was replaced, or another one was made to train."""
+    return _changes[0]
 
 
 def latest_of(parameter: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ class PoolModule(BaseTunerLayer):
         super().set_adapter(adapter_names, inference_mode=inference_mode)
         for name in self.other_param_names:
             getattr(self, name).requires_grad_(False)
-        _replaced[0] += 1  # optimizers are looked at again: what trains is another part now
+        _changes[0] += 1  # optimizers are looked at again: what trains is another part now
 
     def check_frozen(self, adapter: str) -> None:
         """Raises [`TrainingError`] if a part that must keep its bytes would train, as after a user's own

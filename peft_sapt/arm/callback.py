@@ -19,7 +19,6 @@ from .checks import (
     check_arguments,
     check_optimizer,
     check_task_of_rows,
-    check_trains,
     isolated_rng,
     pool_of,
     warn_of_fast_attention,
@@ -100,7 +99,7 @@ class ArmCallback(Reflection, TrainerCallback):
             )
         check_task_of_rows(loader.dataset, pool)
         self.check_pool(pool)
-        check_trains(pool)
+        pool.memory.refuse_untrainable(pool.adapter)
         check_optimizer(model, pool, kwargs.get("optimizer"))
         warn_of_fast_attention(pool, kwargs.get("optimizer"))
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"

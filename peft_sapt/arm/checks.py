@@ -36,12 +36,6 @@ def can_generate(pool: Pool) -> bool:
     return bool(asked()) if callable(asked) else False
 
 
-def check_trains(pool: Pool) -> None:
-    """Raises [`TrainingError`] if nothing of the pool trains, as one that was loaded for inference."""
-    if not any(p.requires_grad for p in pool.base.parameters()):
-        raise TrainingError(pool.memory.why_frozen(pool.adapter))
-
-
 def check_arguments(args: TrainingArguments) -> None:
     if args.n_gpu > 1:
         raise ReflectionError("nn.DataParallel is not supported: start the script with torchrun or accelerate launch.")

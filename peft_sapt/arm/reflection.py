@@ -142,7 +142,7 @@ class Reflection:
         self.check_opened(pool, "reflect")
         assert self.pooled is not None
         lifecycle.refuse_unmoved(pool)
-        pool.memory.block_is_held.add(pool.adapter)  # ARM's own steps from here on are not the user's
+        pool.memory.training_of(pool.adapter).block_is_held = True  # ARM's own steps from here on are not the user's
         name, told = pool.current_task, self.ledger.of(pool)
         learned = pool.router.needs_replay
         kind = "none" if not learned else "real rows" if self.replay == "rows" else "pseudo-samples"

@@ -203,10 +203,8 @@ def save_config(
             "safe_serialization=False."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    save_id, (saved_with, structure) = save_id_of(config, weights), structure_of(weights)
-    if saved_with is not None and saved_with == config.saved_with:
-        save_id = saved_with  # of this very pool, whatever became of its user's object
-    values = {**config.to_dict(), **(structure if save_id is not None else {}), "save_id": save_id}
+    save_id, structure = save_beside(config, weights)
+    values = {**config.to_dict(), **structure, "save_id": save_id}
     if auto_mapping is not None:
         values["auto_mapping"] = auto_mapping
     base = values.get("base_model_name_or_path")
@@ -220,31 +218,23 @@ def save_config(
         clean_card(folder.parent / "README.md", values)  # PEFT's, above the folder of a named adapter
 
 
-def save_id_of(config: SaptConfig, weights: Path) -> str | None:
-    """Which save the weights file is of, if it holds the tasks of this config; None if it holds others.
+def save_beside(config: SaptConfig, weights: Path) -> tuple[str | None, dict[str, Any]]:
+    """Which save the weights file is of, and what a config beside it must say of the pool in it.
 
-    Without any weights it is what the config says itself. Settings such as ``top_k`` may differ: whoever writes them
-    beside weights means them.
+    That is so if they were just written for this config's pool, whatever became of its user's object, or hold the
+    tasks that it describes; otherwise None. Without any weights it is what the config says itself. Options such as
+    ``top_k`` may differ: whoever writes them beside weights means them.
     """
     try:
         manifest = manifest_of(weights) if weights.is_file() else None
     except SaptError:  # damaged, of an older save: a load will say so
-        return None
-    if manifest is None:
-        return config.save_id
-    return None if other_fields(manifest, described(config)) else manifest.get("save_id")
-
-
-def structure_of(weights: Path) -> tuple[str | None, dict[str, Any]]:
-    """Which save ``weights`` are of, and what a config beside them must say of the pool in them."""
-    try:
-        manifest = (manifest_of(weights) or {}) if weights.is_file() else {}
-    except SaptError:
         return None, {}
-    saved, free = manifest.get("config"), (*FOLLOWED, *RUNTIME, "lora_dropout")
-    return manifest.get("save_id"), {k: v for k, v in saved.items() if k not in free} if isinstance(
-        saved, dict
-    ) else {}
+    if manifest is None:
+        return config.save_id, {}
+    save_id, saved, free = manifest.get("save_id"), manifest.get("config"), (*FOLLOWED, *RUNTIME, "lora_dropout")
+    if save_id is None or (save_id != config.saved_with and other_fields(manifest, described(config))):
+        return None, {}
+    return save_id, {k: v for k, v in saved.items() if k not in free} if isinstance(saved, dict) else {}
 
 
 def described(config: SaptConfig) -> dict[str, Any]:

@@ -122,7 +122,7 @@ def replace_newest(module: PoolModule, attr: str, adapter: str, value: Tensor) -
 def after_import(pool: Pool) -> None:
     pool.memory.show_own_config(pool.adapter).inference_mode = False
     pool.memory.forget(pool.adapter)
-    pool.memory.block_is_imported.add(pool.adapter)
+    pool.memory.training_of(pool.adapter).block_is_imported = True
     pool.refresh_trainable()
 
 

@@ -138,14 +138,15 @@ def refuse_unseen(pool: Pool, pooled: Tensor, given: bool) -> None:
 def refuse_unmoved(pool: Pool) -> None:
     """Raises [`TrainingError`] if optimizers took steps since the current task was first trained on, none of them held
     its block, and nothing else moved it. An imported block need not move."""
-    start, adapter = pool.memory.start_of(pool.adapter), pool.adapter
-    if start is None or not start[1] or start[0] == steps_taken() or adapter in pool.memory.block_is_held:
+    training = pool.memory.training_of(pool.adapter)
+    steps, sums = training.start or (0, [])
+    if not sums or steps == steps_taken() or training.block_is_held:
         return
-    if adapter in pool.memory.block_is_imported:  # it need not move: training may have been the router's alone
-        unused = all(p.grad is None for p in newest_block(pool.base, adapter))
-        if unused or adapter in pool.memory.router_is_held:
+    if training.block_is_imported:  # training may have been the router's alone
+        unused = all(p.grad is None for p in newest_block(pool.base, pool.adapter))
+        if unused or training.router_is_held:
             return
-    if block_sums(pool.base, adapter) == start[1]:
+    if block_sums(pool.base, pool.adapter) == sums:
         raise TrainingError(UNMOVED.format(task=pool.current_task))
 
 

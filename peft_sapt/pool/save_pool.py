@@ -10,12 +10,11 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
@@ -23,8 +22,8 @@ from torch import Tensor
 
 from ..errors import ChangedTensorError, SaveError
 from ..hub.card import PICTURE, refresh_card
-from ..storage.manifest import differences, digest, is_manifest, opened, read_manifest
-from ..storage.replay_rows import note_rows, noted_rows, stored_replay
+from ..storage.manifest import differences, is_manifest, opened, read_manifest
+from ..storage.replay_rows import digests, note_rows, noted_rows, stored_replay
 
 LOCK, STAGING, REPLAY = ".peft-sapt.lock", ".saving-", "replay"
 
@@ -79,17 +78,14 @@ def save_pool(model: Any, folder: str | os.PathLike, arm: Any = None, timeout: f
         raise SaveError(f"{folder} cannot be written: {reason}. What was there is intact.") from error
 
 
-def foreign_texts(folder: Path, staging: Path) -> set[str]:
-    """Tasks of the pool in ``folder`` of which it has a text, but whose replay rows are others, or none, in
-    ``staging``. Without a readable pool in ``folder`` nothing is known of its texts, and none is named."""
-    before, now = stored_replay(folder) or {}, stored_replay(staging) or {}
-    texts, noted = {path.stem for path in (folder / REPLAY).glob("*.jsonl")}, noted_rows(folder / REPLAY)
-    other = {name for name in texts & set(noted) if name not in now or digest(now[name].float()) != noted[name]}
-    return other | {name for name in texts & set(before) - set(noted) if not is_same(before[name], now.get(name))}
+def foreign_texts(folder: Path, now: Mapping[str, Tensor]) -> set[str]:
+    """Tasks of which ``folder`` has a text that stands for other replay rows than ``now``, or for those of no task.
 
-
-def is_same(before: Tensor, now: Tensor | None) -> bool:
-    return now is not None and before.shape == now.shape and torch.equal(before, now)
+    Whose rows they are is noted beside them, or known by the pool in ``folder``; of other texts nothing is known.
+    """
+    known, own = {**digests(stored_replay(folder) or {}), **noted_rows(folder / REPLAY)}, digests(now)
+    texts = {path.stem for path in (folder / REPLAY).glob("*.jsonl")}
+    return {name for name in texts & set(known) if known[name] != own.get(name)}
 
 
 def take_away_if_empty(folder: Path) -> None:
@@ -111,13 +107,14 @@ def stage(model: Any, folder: Path, staging: Path, arm: Any) -> set[str]:
         for path in (staging / adapter).iterdir():
             os.replace(path, staging / path.name)
         (staging / adapter).rmdir()
-    gone = foreign_texts(folder, staging)
+    rows = stored_replay(staging) or {}
+    gone = foreign_texts(folder, rows)
     for text in (folder / REPLAY).glob("*.jsonl"):
         if text.stem not in gone and is_own_file(text):
             (staging / REPLAY).mkdir(exist_ok=True)
             shutil.copyfile(text, staging / REPLAY / text.name)
     if (staging / REPLAY).is_dir():
-        note_rows(staging / REPLAY, stored_replay(staging) or {})
+        note_rows(staging / REPLAY, rows)
     refresh_card(staging)  # which speaks of the texts
     if arm is not None:
         arm.save_replay(staging)

@@ -25,11 +25,9 @@ OF_A_FORWARD = ("labels", "position_ids", "seq_idx", "cu_seq_lens_q")  # each ro
 
 
 @contextmanager
-def held(state: ForwardState, mixture: Mixture | None, prompt: Tensor | None = None) -> Iterator[None]:
-    """Let the forwards of one generation, from the token ids ``prompt`` [B, S], use ``mixture``; with None, what each
-    forward finds by itself."""
-    previous = state.session
-    session = state.session = None if mixture is None else GenerationSession(mixture, prompt=prompt)
+def held(state: ForwardState, session: GenerationSession | None) -> Iterator[None]:
+    """Let the forwards of one generation use the mixture of ``session``; with None, what each finds by itself."""
+    previous, state.session = state.session, session
     try:
         yield
         if session is not None and session.cache is not None and session.last is not None:
@@ -38,8 +36,8 @@ def held(state: ForwardState, mixture: Mixture | None, prompt: Tensor | None = N
         state.session = previous
 
 
-def generation_mixture(hooks: RoutingHooks, adapter: str, args: tuple, kwargs: dict[str, Any]) -> Mixture | None:
-    """The mixture of one call of ``generate`` with ``args`` and ``kwargs``; None where no prompt is in it."""
+def session_of(hooks: RoutingHooks, adapter: str, args: tuple, kwargs: dict[str, Any]) -> GenerationSession | None:
+    """What one call of ``generate`` with ``args`` and ``kwargs`` holds to its end; None where no prompt is in it."""
     base, config = cast(Any, hooks.base), hooks.config_of(adapter)
     inputs = {name: value for name, value in kwargs.items() if name not in OF_A_FORWARD}
     prompt = args[0] if args else inputs.pop("inputs", None)
@@ -51,13 +49,16 @@ def generation_mixture(hooks: RoutingHooks, adapter: str, args: tuple, kwargs: d
         inputs.pop(name)  # filled by somebody else: the whole prompt is here, so attend to it
     if inputs.get("attention_mask") is None and isinstance(inputs.get("input_ids"), Tensor):
         inputs["attention_mask"] = inferred_mask(inputs["input_ids"], *special_tokens(base, inputs))
-    prompted = any(isinstance(inputs.get(n), Tensor) for n in ("input_ids", "inputs_embeds"))
+    ids = inputs.get("input_ids")
+    prompted = isinstance(ids, Tensor) or isinstance(inputs.get("inputs_embeds"), Tensor)
     if not prompted and not explicit and inputs.get("encoder_outputs") is None:
         return None  # generation from the start token alone: its forward is the prompt
     batch = batch_of(inputs, at_least_one=True)
     if not prompted and explicit:
-        return Mixture(adapter, hooks.given_weights(adapter, inputs, batch, hooks.memory.device), config).hold()
-    return hooks.mixture_for(base, adapter, inputs, whole=True).spread(batch, "generate").hold()
+        mixture = Mixture(adapter, hooks.given_weights(adapter, inputs, batch, hooks.memory.device), config)
+    else:
+        mixture = hooks.mixture_for(base, adapter, inputs, whole=True).spread(batch, "generate")
+    return GenerationSession(mixture.hold(), prompt=ids if isinstance(ids, Tensor) else None)
 
 
 def special_tokens(base: Any, kwargs: dict[str, Any]) -> tuple[int | None, int | list[int] | None]:

@@ -128,14 +128,14 @@ class RoutingHooks:
 
     def check_trains(self, adapter: str, inputs: dict[str, Any]) -> None:
         """Raises [`TrainingError`] if nothing would get a gradient from a training forward, and says why."""
-        assert self.base is not None
         embeddings = inputs.get("inputs_embeds")
         if embeddings is not None and embeddings.requires_grad:
             return
-        if not any(p.requires_grad for p in self.base.parameters()):
-            if inputs.get("labels") is None and a_caller_trains():
-                return  # a backbone under somebody's own head
-            raise TrainingError(self.memory.why_frozen(adapter))
+        try:
+            self.memory.refuse_untrainable(adapter)
+        except TrainingError:
+            if inputs.get("labels") is not None or not a_caller_trains():  # else a backbone under somebody's own head
+                raise
 
     @torch.compiler.disable
     def after(self, module: nn.Module, args: tuple, output: Any) -> Any:
@@ -268,8 +268,8 @@ class RoutingHooks:
             self.memory.check_frozen(adapter)
         if training:
             router.check_ready(adapter)
-            if self.memory.start_of(adapter) is None:
-                self.memory.note_start(adapter, steps_taken(), block_sums(self.base, adapter))  # type: ignore[arg-type]  # it runs
+            if (noted := self.memory.training_of(adapter)).start is None:
+                noted.start = steps_taken(), block_sums(self.base, adapter)  # type: ignore[arg-type]  # it runs
             self.memory.remember(adapter, pooled)
         else:
             if torch.is_grad_enabled() and inputs.get("labels") is not None:

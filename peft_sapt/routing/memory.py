@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import SaptConfig
+from ..errors import TrainingError
 from ..pool_module import FreePoolModule, Linears, PoolModule, freeze_heads, linear_from, unshard
 
 SEEN_ROWS = 512  # rows whose pooled prompts are remembered for commit_task() without inputs
@@ -16,6 +18,16 @@ SEEN_ROWS = 512  # rows whose pooled prompts are remembered for commit_task() wi
 
 MEMORY = "task_memory"  # attribute on the base model
 LIVE: WeakSet[TaskMemory] = WeakSet()  # those of this process, deep copies too
+
+
+@dataclass
+class Training:
+    """What optimizers did since a task was opened: whether anything can have moved its block."""
+
+    start: tuple[int, Any] | None = None  # at its first training forward: steps taken by then, sums of its block
+    block_is_held: bool = False  # an optimizer that holds a part of the block has taken a step
+    router_is_held: bool = False  # or one that holds parts of the router alone
+    block_is_imported: bool = False  # it came from elsewhere, and need not move
 
 
 class TaskMemory(FreePoolModule):
@@ -40,10 +52,7 @@ class TaskMemory(FreePoolModule):
         self.loaded: set[str] = set()  # adapters whose weights come from a file
         self._seen: dict[str, list[Tensor]] = {}
         self._fitted: dict[str, Tensor] = {}
-        self._starts: dict[str, tuple[int, Any]] = {}
-        self.block_is_held: set[str] = set()  # adapters whose newest block an optimizer has held at a step
-        self.router_is_held: set[str] = set()  # adapters of whose router alone one has held parts
-        self.block_is_imported: set[str] = set()  # adapters whose newest block came from elsewhere and need not move
+        self._training: dict[str, Training] = {}
         LIVE.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -99,6 +108,11 @@ class TaskMemory(FreePoolModule):
         """Undo the newest task's commit: its target and replay rows go."""
         self.targets(adapter)[-1] = 0.0
         self.set_replay(adapter, [*self.replay(adapter)[:-1], self.replay(adapter)[-1][:0]])
+
+    def refuse_untrainable(self, adapter: str) -> None:
+        """Raises [`TrainingError`] if nothing on the base model trains, and says why and what to do."""
+        if not any(p.requires_grad for p in self.hooks.base.parameters()):
+            raise TrainingError(self.why_frozen(adapter))
 
     def why_frozen(self, adapter: str) -> str:
         """Why nothing of a pool trains, and what to do."""
@@ -188,22 +202,11 @@ class TaskMemory(FreePoolModule):
         """Drop the rows seen: the newest task is another one now, committed, or gone."""
         self._seen.pop(adapter, None)
         self._fitted.pop(adapter, None)
-        self.forget_start(adapter)
+        self._training.pop(adapter, None)
 
-    def note_start(self, adapter: str, steps: int, sums: Any) -> None:
-        """Note what the newest block was at its first training forward, and how many optimizer steps there were."""
-        self._starts.setdefault(adapter, (steps, sums))
-
-    def forget_start(self, adapter: str) -> None:
-        """Forget what [`note_start`] noted, and who held the block."""
-        self._starts.pop(adapter, None)
-        self.block_is_held.discard(adapter)
-        self.router_is_held.discard(adapter)
-        self.block_is_imported.discard(adapter)
-
-    def start_of(self, adapter: str) -> tuple[int, Any] | None:
-        """What [`note_start`] noted of the newest task; None before it trains."""
-        return self._starts.get(adapter)
+    def training_of(self, adapter: str) -> Training:
+        """What is known of the training of the newest task."""
+        return self._training.setdefault(adapter, Training())
 
 
 def committed_in(targets: Tensor) -> list[bool]:

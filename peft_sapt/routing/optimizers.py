@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..errors import TrainingError
-from ..pool_module import PoolModule, latest_of, replacements
+from ..pool_module import PoolModule, changes_of_parts, latest_of
 from .memory import LIVE, TaskMemory
 from .router import Router
 
@@ -61,14 +61,14 @@ def before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     if not LIVE:
         return
     known = _looked_at.get(optimizer)
-    if known is None or known[0] != replacements():
+    if known is None or known[0] != changes_of_parts():
         _refuse_replaced(optimizer)
         _refuse_by_name(optimizer)
-        known = _looked_at[optimizer] = replacements(), _pools_in(optimizer)
+        known = _looked_at[optimizer] = changes_of_parts(), _pools_in(optimizer)
     for reference, adapter, block in known[1]:
         memory = reference()
         if memory is not None:
-            (memory.block_is_held if block else memory.router_is_held).add(adapter)
+            setattr(memory.training_of(adapter), "block_is_held" if block else "router_is_held", True)
     _counts["steps"] += 1
 
 

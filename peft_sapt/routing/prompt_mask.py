@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -47,15 +48,9 @@ def prompt_mask_of(
     if config.answer_header is not None:
         mask = until_first_answer(mask, ids, segments, config.answer_header)
     if labels is not None and labels.shape == mask.shape:
-        if segments is not None:
-            return before_labels_in_segments(mask, labels, segments)
-        if config.answer_header is None:
+        if segments is None and config.answer_header is None:
             refuse_turns(mask, labels != IGNORED_LABEL, ids)
-        prompt = before_labels(mask, labels)
-        refuse_first_token_alone(
-            prompt, labels, ids, special_ids(settings), "position_ids" in inputs and ids is not None
-        )
-        return prompt
+        return before_answers(mask, labels, segments, inputs, special_ids(settings))
     if labels is None and ids is not None:
         warn_of_answers(module, ids, training)
     return mask
@@ -80,6 +75,25 @@ def inferred_mask(input_ids: Tensor, pad_token_id: int | None, eos_token_id: int
     return input_ids != pad_token_id
 
 
+def before_answers(
+    mask: Tensor, labels: Tensor, segments: Tensor | None, inputs: Mapping[str, Any], special: set[int]
+) -> Tensor:
+    """``mask`` [B, S] cut before the first supervised label of each row, or of each sample of packed rows.
+
+    Args:
+        inputs: the batch, for what else tells that a row has no prompt.
+        special: ids that are no prompt alone.
+
+    Raises:
+        PromptError: a row or a sample has labels and no prompt.
+    """
+    if segments is not None:
+        return before_labels_in_segments(mask, labels, segments)
+    prompt, ids = before_labels(mask, labels), inputs.get("input_ids")
+    refuse_first_token_alone(prompt, labels, ids, special, flattened="position_ids" in inputs and ids is not None)
+    return prompt
+
+
 def before_labels(mask: Tensor, labels: Tensor) -> Tensor:
     """``mask`` [B, S] cut before the first supervised label of each row; ``labels`` [B, S] holds -100 elsewhere.
 
@@ -100,7 +114,7 @@ def before_labels(mask: Tensor, labels: Tensor) -> Tensor:
 
 
 def refuse_first_token_alone(
-    prompt: Tensor, labels: Tensor, ids: Tensor | None, special: set[int], flattened: bool = False
+    prompt: Tensor, labels: Tensor, ids: Tensor | None, special: set[int], flattened: bool
 ) -> None:
     """Refuse rows whose ``prompt`` [B, S] is a first token that a collator never supervises, and no prompt at all.
 

@@ -33,9 +33,14 @@ def stored_replay(folder: Path) -> dict[str, Tensor] | None:
         return None
 
 
+def digests(rows: Mapping[str, Tensor]) -> dict[str, str]:
+    """What tells the replay ``rows`` [n, d] of each task from all others, whatever their dtype."""
+    return {name: digest(tensor.float()) for name, tensor in rows.items()}
+
+
 def note_rows(folder: Path, rows: Mapping[str, Tensor]) -> None:
     """Note in a ``folder`` of texts whose rows each of them stands for."""
-    noted = {name: digest(rows[name].float()) for name in rows if (folder / f"{name}.jsonl").is_file()}
+    noted = {name: value for name, value in digests(rows).items() if (folder / f"{name}.jsonl").is_file()}
     if noted:
         write_atomically(folder / NOTE, (json.dumps({**noted_rows(folder), **noted}, sort_keys=True) + "\n").encode())
 

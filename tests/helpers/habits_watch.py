@@ -94,11 +94,11 @@ def check_weights(subject: Subject, letter: str, ours: Callable[[Callable[[], An
             found = call()
         weights = found if way == "attention_weights" else used.last()
         torch.testing.assert_close(weights, expected, atol=1e-6, rtol=0, msg=lambda m, w=way: f"{w}: {m}")
-    remembered = copy.copy(subject.memory._seen), copy.copy(subject.memory._starts)
+    remembered = copy.copy(subject.memory._seen), copy.deepcopy(subject.memory._training)
     with Weights(model) as used:
         if ours(lambda: (model.train()(**batch), True)):
             torch.testing.assert_close(used.last(), expected, atol=1e-6, rtol=0, msg=lambda m: f"training: {m}")
-    subject.memory._seen, subject.memory._starts = remembered
+    subject.memory._seen, subject.memory._training = remembered
     model.train(was_training)
 
 
