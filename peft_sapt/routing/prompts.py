@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -102,7 +101,8 @@ def look_up(embedding: nn.Module, ids: Tensor) -> Tensor:
 
 def without_hooks(module: nn.Module) -> nn.Module:
     """A shallow copy of ``module`` in eval mode, without hooks, on the same parameters; ``module`` stays as it is."""
-    bare = copy.copy(module)
+    bare = object.__new__(type(module))  # copy.copy would pickle, which parametrized modules refuse
+    vars(bare).update(vars(module))
     bare._parameters = dict(module._parameters)
     for name, value in list(vars(bare).items()):
         if "_hooks" in name and isinstance(value, dict):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
+from torch.nn.utils import parametrize
 
 from helpers.steps import ROWS
 from helpers.tiny import FAMILIES, padded
@@ -46,6 +47,15 @@ def add_hook(model: nn.Module) -> None:
 
 def add_pre_hook(model: nn.Module) -> None:
     model.get_input_embeddings().register_forward_pre_hook(doubled)
+
+
+class NoisyWeight(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + torch.randn_like(weight) if self.training else weight
+
+
+def add_parametrization(model: nn.Module) -> None:
+    parametrize.register_parametrization(model.get_input_embeddings(), "weight", NoisyWeight())
 
 
 def add_dropout(model: nn.Module) -> None:
@@ -106,3 +116,15 @@ def test_the_pad_embedding_of_the_official_code_is_plain_too(habit) -> None:
     batch = padded(ROWS)
     inference = pool.eval().attention_weights(**batch)
     assert torch.equal(pool.train().attention_weights(**batch), inference)
+
+
+def test_a_table_whose_weight_is_parametrized() -> None:
+    """By noise of train mode: neither is it read, nor does the look at the table fail."""
+    pool = get_peft_model(
+        (base := FAMILIES["llama"][1]()), SaptConfig(task_type="CAUSAL_LM", tasks=["a", "b"], init_weights=False)
+    )
+    batch = padded(ROWS)
+    expected = pool.eval().attention_weights(**batch)
+    add_parametrization(base)
+    assert torch.equal(pool.train().attention_weights(**batch), expected)
+    assert torch.equal(pool.eval().attention_weights(**batch), expected)
