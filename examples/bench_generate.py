@@ -25,6 +25,7 @@ from random_models import SIZES, random_model
 from torch import Tensor
 
 from peft_sapt import SaptConfig
+from peft_sapt.compat import cache_argument
 from peft_sapt.continual.base import best_device, load_base
 from peft_sapt.layer import SaptLayer
 from peft_sapt.ops.bound import block_norms, dropped_bound
@@ -125,14 +126,15 @@ def long_pools(args: argparse.Namespace, base: Callable) -> dict:
 
     def token(count: int, kept: bool) -> Callable[[], None]:
         pool, row = pools[count], weights[count]
+        name = cache_argument(pool.get_base_model())
         if kept:
             row = torch.where(row < args.min_weight, 0.0, row)
         with torch.no_grad():
-            cache = pool(input_ids=ids, sapt_weights=row[None], use_cache=True).past_key_values
+            cache = pool(input_ids=ids, sapt_weights=row[None], use_cache=True)[name]
 
         def run() -> None:
             with torch.no_grad():
-                pool(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+                pool(input_ids=ids[:, :1], use_cache=True, **{name: cache})
                 cache.crop(-1)
 
         return run

@@ -16,6 +16,7 @@ import torch
 from serving import Served, pool_parser
 from transformers import DynamicCache
 
+from peft_sapt.compat import cache_argument
 from peft_sapt.errors import SaptError
 
 
@@ -59,8 +60,8 @@ class Conversation:
             self.weights = self.served.weights(whole) if self.task is None else named
         row = torch.tensor([[self.weights[name] for name in self.served.tasks]])
         tokens = self.served.model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=self.cache, sapt_weights=row,
-            max_new_tokens=self.max_new_tokens, do_sample=False,
+            input_ids=ids, attention_mask=torch.ones_like(ids), sapt_weights=row, do_sample=False,
+            max_new_tokens=self.max_new_tokens, **{cache_argument(self.served.model.get_base_model()): self.cache},
         )  # fmt: skip
         self.ids = tokens[:, :-1]  # the last token, which is the end or the limit, was never read
         decode = self.served.tokenizer.decode

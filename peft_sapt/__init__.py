@@ -4,9 +4,13 @@ Importing this package makes "SAPT" a PEFT method. ``PeftModel`` and the ``AutoP
 that one import serves both.
 """
 
-from peft import AutoPeftModelForCausalLM, AutoPeftModelForSeq2SeqLM, PeftModel
+from .compat import check_installed
 
-from .registration import add_peft_type
+check_installed()
+
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSeq2SeqLM, PeftModel  # noqa: E402
+
+from .registration import add_peft_type  # noqa: E402
 
 add_peft_type()
 

@@ -5,6 +5,10 @@ class SaptError(ValueError):
     """Base class of every error that peft_sapt raises for bad input."""
 
 
+class VersionError(SaptError, ImportError):
+    """An installed library lacks what a promise of this package rests on."""
+
+
 class TaskError(SaptError):
     """A task name is malformed, unknown, already taken, or not the one that may be trained now."""
 

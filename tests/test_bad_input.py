@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import NoMatchingPeftModuleError
 
-from helpers.tiny import build_pool, padded, tiny_llama, token_rows
+from helpers.tiny import CACHE, build_pool, padded, tiny_llama, token_rows
 from peft_sapt import ArmCallback, SaptConfig
 from peft_sapt.errors import PoolFormatError, PromptError, ReflectionError, SaptError, TaskError, WeightsError
 from peft_sapt.routing.mixture import Mixture
@@ -198,9 +198,9 @@ def test_a_cache_of_another_pool(model) -> None:
     model.eval()
     with torch.no_grad():
         with model.disable_adapter():
-            cache = model(input_ids=ids, use_cache=True).past_key_values
-        with pytest.raises(WeightsError, match=r"past_key_values.*no attention weights"):
-            model(input_ids=ids[:, :1], past_key_values=cache)
+            cache = model(input_ids=ids, use_cache=True)[CACHE]
+        with pytest.raises(WeightsError, match=rf"{CACHE}.*no attention weights"):
+            model(input_ids=ids[:, :1], **{CACHE: cache})
 
 
 def test_a_layer_called_alone_or_rerun_by_foreign_checkpointing(model) -> None:

@@ -20,8 +20,9 @@ from transformers import (
     Trainer,
 )
 
-from helpers.tiny import PAD, assert_real_pool, build_pool, padded, tiny_llama, tiny_t5, token_rows
+from helpers.tiny import CACHE, PAD, assert_real_pool, build_pool, padded, tiny_llama, tiny_t5, token_rows
 from helpers.training import arguments
+from helpers.upstream import transformers_adapters
 from helpers.words import collate, rows_of, tokenizer
 from helpers.zoo import TASKS, base_of, batch_of, pool_of
 from peft_sapt import ArmCallback, SaptConfig
@@ -72,6 +73,7 @@ def saved(tmp_path):
     return tmp_path, expected
 
 
+@transformers_adapters
 def test_transformers_own_adapters(saved) -> None:
     folder, expected = saved
     base = AutoModelForCausalLM.from_pretrained(folder / "base").eval()
@@ -93,6 +95,7 @@ def test_auto_model_of_an_adapter_folder(saved) -> None:
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(folder / "pool").eval()), expected)
 
 
+@transformers_adapters
 def test_what_transformers_saves_opens_as_a_peft_model(tmp_path) -> None:
     base = base_of("Llama")
     base.add_adapter(SaptConfig(task_type="CAUSAL_LM", tasks=["a", "b", "c"], init_weights=False))
@@ -133,10 +136,10 @@ def test_a_cache_is_marked_by_a_forward_that_returns_a_tuple() -> None:
     model, cache = pool_of("Llama"), DynamicCache()
     step = {"input_ids": torch.full((len(ROWS), 1), 7)}
     with torch.no_grad():
-        model(**padded(ROWS), past_key_values=cache, return_dict=False)
-        found = model(**step, past_key_values=cache, return_dict=False)[0]
-        other = model(**padded(ROWS), use_cache=True).past_key_values
-        assert torch.equal(found, model(**step, past_key_values=other).logits)
+        model(**padded(ROWS), **{CACHE: cache}, return_dict=False)
+        found = model(**step, **{CACHE: cache}, return_dict=False)[0]
+        other = model(**padded(ROWS), use_cache=True)[CACHE]
+        assert torch.equal(found, model(**step, **{CACHE: other}).logits)
 
 
 def test_injection_without_a_wrapper() -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from httpx2 import RequestError
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import disable_progress_bars
 
+from ..compat import UNREACHABLE
 from ..errors import SaptError
 from ..hub import push_folder
 from .pool_file import verified
@@ -25,11 +26,12 @@ def push(folder: Path, repo_id: str, private: bool | None, message: str) -> None
     Log in with `hf auth login`, or set HF_TOKEN.
     """
     verified(folder)
+    disable_progress_bars()  # what was sent is told below
     try:
         done = push_folder(folder, repo_id, private=private, message=message)
     except HfHubHTTPError as error:
         raise SaptError(f"The Hub refused {repo_id}: {str(error).strip().splitlines()[0]}") from error
-    except (RequestError, ConnectionError) as error:
+    except UNREACHABLE as error:
         raise SaptError(f"The Hub at {constants.ENDPOINT} cannot be reached: {error}.") from error
     for what, paths in (("sent", done.sent), ("unchanged", done.unchanged), ("deleted", done.deleted)):
         if paths:

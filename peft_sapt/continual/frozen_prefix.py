@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from ..compat import cache_argument
+from ..routing.caches import past_of
+
 FAMILIES = ("llama",)  # whose decoder layers are called as below
 CACHE_BYTES = (
     8 * 2**30
@@ -60,7 +63,7 @@ class FrozenPrefix(nn.Module):
 
     def note(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Pre-hook of the decoder: which rows come."""
-        ids, mask, cache = (kwargs.get(n) for n in ("input_ids", "attention_mask", "past_key_values"))
+        ids, mask, cache = kwargs.get("input_ids"), kwargs.get("attention_mask"), past_of(kwargs)
         self.spans = None
         if ids is None or (cache is not None and cache.get_seq_length() > 0):
             return
@@ -78,17 +81,16 @@ class FrozenPrefix(nn.Module):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
         **kwargs: Any,
     ) -> Tensor:
         # hidden_states [B, S, d], the token embeddings -> [B, S, d]
-        spans, fill = self.spans, past_key_values is not None
+        spans, cache = self.spans, past_of(kwargs)
+        fill = cache is not None
         if spans is None or (fill and not counts_from_first_token(position_ids, spans)):
             for layer in self._below[0]:
                 hidden_states = layer(
-                    hidden_states, attention_mask=attention_mask, position_ids=position_ids,
-                    past_key_values=past_key_values, **kwargs,
-                )  # fmt: skip
+                    hidden_states, attention_mask=attention_mask, position_ids=position_ids, **kwargs
+                )
             return hidden_states
         found = [
             self.look_up(tokens, hidden_states[i : i + 1, start : start + len(tokens)], fill)
@@ -98,7 +100,7 @@ class FrozenPrefix(nn.Module):
         for i, ((start, tokens), known) in enumerate(zip(spans, found, strict=True)):
             result[i, start : start + len(tokens)] = known.hidden[0]
         if fill:
-            self.fill(past_key_values, found, spans, hidden_states.shape[1])
+            self.fill(cache, found, spans, hidden_states.shape[1])
         return result
 
     def look_up(self, tokens: tuple[int, ...], embeddings: Tensor, fill: bool) -> KnownRow:
@@ -122,9 +124,8 @@ class FrozenPrefix(nn.Module):
         cache: Any = DynamicCache() if fill else None
         embeddings = rotary(hidden, position_ids=positions)
         for layer in layers:
-            hidden = layer(
-                hidden, position_ids=positions, past_key_values=cache, use_cache=fill, position_embeddings=embeddings
-            )
+            filling = {cache_argument(layer): cache, "use_cache": fill}
+            hidden = layer(hidden, position_ids=positions, position_embeddings=embeddings, **filling)
         kept = None if cache is None else [(layer.keys, layer.values) for layer in cache.layers]
         return KnownRow(hidden, kept)
 

@@ -25,6 +25,7 @@ BULKY = (
     "gates_while_training",  # as older results call the one before
 )  # kept in the runs' own files
 METRICS = ("validation", "AP", "F.Ra", "FWT", "BWT", "routing", "own weight", "AP constrained", "F.Ra constrained")
+DIGITS = {"own weight": 2}  # after the point, where one is not enough
 BOUNDS = ("base", "per-task", "multi-task", "prompt-per-task", "prog-prompt-known")  # which cannot forget
 
 

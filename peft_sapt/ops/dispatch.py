@@ -9,6 +9,7 @@ from functools import cache
 
 import torch
 
+from ..compat import why_not_this_triton
 from ..errors import KernelError
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,9 @@ def why_not_triton(device: str, index: int | None, dtype: torch.dtype) -> str | 
     if torch.version.hip is not None:
         return "it was never compiled for ROCm."
     major, minor = torch.cuda.get_device_capability(index)
-    return None if major >= 8 else f"the GPU has compute capability {major}.{minor}; it is compiled for 8.0 and newer."
+    if major < 8:
+        return f"the GPU has compute capability {major}.{minor}; it is compiled for 8.0 and newer."
+    return why_not_this_triton()
 
 
 @cache

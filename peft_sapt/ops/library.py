@@ -16,11 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _get_tracing_state, _len_torch_dispatch_stack
-from torch._C._functorch import peek_interpreter_stack
-from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.autograd.function import once_differentiable
 
+from ..compat import torch_watches
 from . import torch_kernel
 
 NAMES = ("x", "old_a", "old_b", "new_a", "new_b", "scales")  # what takes a gradient, beside base
@@ -129,8 +127,7 @@ def is_plain(tensor: Tensor) -> bool:
     """Whether ``tensor`` is no tracer's, and no mode or transform of torch wants to see what is called."""
     if type(tensor) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling():
         return False
-    watched = _len_torch_dispatch_stack() or _len_torch_dispatch_stack_pre_dispatch() or _get_tracing_state()
-    return not watched and peek_interpreter_stack() is None
+    return not torch_watches()
 
 
 def scaled_lora(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import warnings
@@ -13,8 +14,9 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
+from ..compat import UNASKED, installed
 from ..config import FOLLOWED, OPTIONS, SaptConfig
-from ..errors import ConfigFileError, PickleError, SaptError, SaveError
+from ..errors import ConfigFileError, PickleError, SaptError, SaveError, VersionError
 from ..hub.card import clean_card, write_card
 from ..hub.card_text import is_hub_like
 from ..storage.atomic import config_text, share, write_atomically
@@ -57,7 +59,7 @@ def load_config(
     """
     folder = Path(name_or_path, subfolder or "")
     if not folder.is_dir():
-        folder = snapshot(str(name_or_path), subfolder, cls._split_kwargs(kwargs)[0])
+        folder = snapshot(str(name_or_path), subfolder, hub_arguments(kwargs))
     manifest = manifest_in(folder) if folder.is_dir() else None
     options = {name: kwargs.pop(name) for name in [*kwargs] if name in cls.__annotations__}
     try:
@@ -138,6 +140,12 @@ def refuse_more_than(config: SaptConfig, size: int, folder: Path) -> None:
             f"{folder / CONFIG_NAME} describes more than {SAFETENSORS_WEIGHTS_NAME} of {size} bytes can hold. "
             "One of both was damaged or edited: load an intact copy."
         )
+
+
+def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of a load's arguments that say where on the Hub, and how, PEFT is about to download."""
+    known = inspect.signature(hf_hub_download).parameters
+    return {name: value for name, value in kwargs.items() if name in known}
 
 
 def snapshot(repo_id: str, subfolder: str | None, hub: dict[str, Any]) -> Path:
@@ -224,13 +232,18 @@ def save_beside(config: SaptConfig, weights: Path) -> tuple[str | None, dict[str
     That is so if they were just written for this config's pool, whatever became of its user's object, or hold the
     tasks that it describes; otherwise None. Without any weights it is what the config says itself. Options such as
     ``top_k`` may differ: whoever writes them beside weights means them.
+
+    Raises:
+        VersionError: the weights have no manifest, since PEFT did not ask for one.
     """
+    if not weights.is_file():
+        return config.save_id, {}
     try:
-        manifest = manifest_of(weights) if weights.is_file() else None
+        manifest = manifest_of(weights)
     except SaptError:  # damaged, of an older save: a load will say so
         return None, {}
     if manifest is None:
-        return config.save_id, {}
+        raise VersionError(UNASKED.format(what=f"written {weights} without a pool's manifest", versions=installed()))
     save_id, saved, free = manifest.get("save_id"), manifest.get("config"), (*FOLLOWED, *RUNTIME, "lora_dropout")
     if save_id is None or (save_id != config.saved_with and other_fields(manifest, described(config))):
         return None, {}

@@ -14,7 +14,8 @@ PEFT and transformers leave no other way at three points:
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,11 @@ from peft import PeftModel
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from ..compat import UNASKED, installed
 from ..config import SaptConfig
-from ..errors import SaptError
+from ..errors import SaptError, VersionError
 from ..hub.card import refresh_card
+from ..routing.install import memory_on
 from ..storage.checkpoints import refuse_incomplete
 from .config_file import manifest_in, with_options
 
@@ -113,7 +116,8 @@ def load_with_options(model: PeftModel, model_id: Any, adapter_name: str, *rest:
     """``load_adapter`` with options of a pool, which PEFT drops; raises [`SaptError`] as [`with_options`] says."""
     options = {name: more.pop(name) for name in [*more] if name in SaptConfig.__annotations__}
     known = adapter_name in model.peft_config
-    result = type(model).load_adapter(model, model_id, adapter_name, *rest, **more)
+    with was_asked_to_check(model, adapter_name):
+        result = type(model).load_adapter(model, model_id, adapter_name, *rest, **more)
     config = model.peft_config.get(adapter_name)
     if options and isinstance(config, SaptConfig):
         try:
@@ -128,6 +132,24 @@ def load_with_options(model: PeftModel, model_id: Any, adapter_name: str, *rest:
                 model.delete_adapter(adapter_name)
             raise
     return result
+
+
+@contextmanager
+def was_asked_to_check(model: PeftModel, adapter: str) -> Iterator[None]:
+    """Raises [`VersionError`] if a pool was loaded within and PEFT did not ask the tuner to check it."""
+    memory = memory_on(model.get_base_model())
+    before = set() if memory is None else {adapter} & memory.loaded
+    if memory is not None:
+        memory.loaded -= before
+    try:
+        yield
+    except BaseException:
+        if memory is not None:
+            memory.loaded |= before
+        raise
+    memory = memory_on(model.get_base_model())
+    if isinstance(model.peft_config.get(adapter), SaptConfig) and (memory is None or adapter not in memory.loaded):
+        raise VersionError(UNASKED.format(what="loaded this pool without asking to check it", versions=installed()))
 
 
 def was_checked(model: Any) -> bool:

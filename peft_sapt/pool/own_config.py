@@ -13,7 +13,7 @@ from torch import Tensor
 from ..config import SaptConfig
 from ..routing.prompts import checked_token_dim
 
-FOUND = "_token_dim_found"  # on a config: its token_dim is that of the last base model, which another need not have
+FOUND = "_sapt_token_dim_found"  # on a config: token_dim is the last base model's, which another need not have
 
 
 def prepare_given(given: SaptConfig, embedding: Tensor | None) -> SaptConfig:

@@ -161,7 +161,9 @@ def files_in(folder: Path) -> list[Path]:
 
 def flush(path: Path) -> None:
     """Have the file or folder at ``path`` on the disk before anything points to it."""
-    handle = os.open(path, os.O_RDONLY)
+    if path.is_dir() and not hasattr(os, "O_DIRECTORY"):
+        return  # Windows opens no folder
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # which it asks for before it flushes
     try:
         os.fsync(handle)
     finally:

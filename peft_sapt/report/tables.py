@@ -9,9 +9,8 @@ from typing import Any
 import pandas as pd
 
 from ..continual.methods import LABELS
-from ..continual.results import METRICS, Result, spread_of, summarise
+from ..continual.results import DIGITS, METRICS, Result, spread_of, summarise
 
-DIGITS = {"own weight": 2}
 HEADS = {"routing": "routing %"}
 Head = list[str]
 Rows = list[list[str]]

@@ -16,12 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from ..compat import CACHE_NAMES
 from ..errors import WeightsError
 from .mixture import Mixture
 
-PAST = "past_key_values"
-# arguments of a forward, and fields of its output, that hold what a next token continues; the usual one first
-NAMES = (PAST, "cache", "cache_params", "state", "states", "mems", "past_buckets_states", "layer_past")
 KEPT = "_sapt_kept"  # on a cache, a tensor of one, or encoder outputs: what a pool's forward left with it
 WATCHED = 4  # tensors of a cache by which a change of rows shows
 DEPTH = 8  # of objects in objects, down to the tensors of a cache
@@ -93,12 +91,13 @@ class Kept:
 
 def cache_among(inputs: Mapping[str, Any]) -> tuple[str, Any]:
     """Name and object of the cache among the arguments of a forward; ("", None) if there is none."""
-    names = [*(name for name in NAMES if inputs.get(name) is not None), *(n for n in inputs if n not in NAMES)]
+    usual = [name for name in CACHE_NAMES if inputs.get(name) is not None]
+    names = [*usual, *(name for name in inputs if name not in CACHE_NAMES)]
     for name in names:
         value = inputs[name]
         if name == "encoder_outputs" or value is None or isinstance(value, (bool, int, float, str, Tensor)):
             continue
-        if name in NAMES or isinstance(value, Cache) or kept_with(value) is not None:
+        if name in CACHE_NAMES or isinstance(value, Cache) or kept_with(value) is not None:
             return name, value
     return "", None
 
@@ -167,14 +166,14 @@ def keep_after_generation(cache: Any, mixture: Mixture) -> None:
 def _caches_of(output: Any, given: Any) -> Iterator[Any]:
     if given is not None:
         yield given
-    named = output.items() if isinstance(output, Mapping) else ((n, getattr(output, n, None)) for n in NAMES)
+    named = output.items() if isinstance(output, Mapping) else ((n, getattr(output, n, None)) for n in CACHE_NAMES)
     if isinstance(output, (list, tuple)):
         named = (("", value) for value in output)
     for name, value in named:
         if value is None or value is given or isinstance(value, Tensor):
             continue
         own = hasattr(value, "__dict__") and not isinstance(value, (nn.Module, Mapping, type))
-        if own or (name in NAMES and isinstance(value, (list, tuple))):
+        if own or (name in CACHE_NAMES and isinstance(value, (list, tuple))):
             yield value
 
 

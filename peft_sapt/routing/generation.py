@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from ..errors import SaptError
-from .caches import cache_among, is_filled, keep_after_generation, kept_with, past_of
+from .caches import cache_among, is_filled, keep_after_generation, kept_with
 from .forward_state import ForwardState, GenerationSession
 from .hooks import RoutingHooks, batch_of
 from .mixture import Mixture
@@ -78,7 +78,7 @@ def check_prompt_generation(kwargs: dict[str, Any], *configs: Any) -> None:
     Raises:
         SaptError: a static cache, assisted decoding, chunked prefill, or a filled cache.
     """
-    cache = past_of(kwargs)
+    argument, cache = cache_among(kwargs)
     for name, what in REFUSED.items():
         asked = [kwargs.get(name), *(getattr(config, name, None) for config in configs)]
         value = next((v for v in asked if v is not None), None)
@@ -86,6 +86,6 @@ def check_prompt_generation(kwargs: dict[str, Any], *configs: Any) -> None:
             raise SaptError(f"generate({name}=...) is not supported with block='prompt': leave {what} away.")
     if cache is not None and (getattr(cache, "is_compileable", False) or is_filled(cache)):
         raise SaptError(
-            "generate(past_key_values=...) with a static or filled cache is not supported with block='prompt': give "
-            "the whole prompt without it."
+            f"generate({argument}=...) with a static or filled cache is not supported with block='prompt': give the "
+            "whole prompt without it."
         )

@@ -255,7 +255,8 @@ class RoutingHooks:
                 "or sapt_task=name."
             )
         mixture, begins_several = kept.follow(holder, what)
-        if more > FEW_TOKENS and begins_several:
+        refilled = kept.first - length_of(holder)  # as assisted decoding cuts a token more than it drafted
+        if more - (refilled if 0 < refilled <= FEW_TOKENS else 0) > FEW_TOKENS and begins_several:
             warn_once(self.base, SHARED_START.format(what=what))  # type: ignore[arg-type]  # it runs
         return mixture.spread(batch, what)
 

@@ -104,9 +104,8 @@ def without_hooks(module: nn.Module) -> nn.Module:
     bare = object.__new__(type(module))  # copy.copy would pickle, which parametrized modules refuse
     vars(bare).update(vars(module))
     bare._parameters = dict(module._parameters)
-    for name, value in list(vars(bare).items()):
-        if "_hooks" in name and isinstance(value, dict):
-            setattr(bare, name, OrderedDict())
+    bare._forward_hooks, bare._forward_pre_hooks = OrderedDict(), OrderedDict()
+    bare._backward_hooks, bare._backward_pre_hooks = OrderedDict(), OrderedDict()
     bare.training = False
     bare._modules = {name: None if child is None else without_hooks(child) for name, child in module._modules.items()}
     return bare

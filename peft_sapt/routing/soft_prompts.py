@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..config import SaptConfig
 from ..errors import PromptError, SaptError, WeightsError
 from ..pool_module import FreePoolModule, Linears, linear_from, unshard
-from .caches import is_filled, past_of, virtual_tokens
+from .caches import cache_among, is_filled, virtual_tokens
 from .notices import IGNORED_LABEL
 from .packing import segments_of
 from .prompt_mask import inferred_mask
@@ -100,12 +100,12 @@ def prepend_prompt(
         if mask is not None and encoded[0].shape[1] == mask.shape[1] + length:
             changed["attention_mask"] = insert_before_first(mask.new_ones(len(mask), length), mask, mask)
         return changed, None
-    ids, cache = inputs.get("input_ids"), past_of(inputs)
+    ids, (name, cache) = inputs.get("input_ids"), cache_among(inputs)
     takes = inspect.signature(module.forward).parameters
     if not encoder_decoder and is_filled(cache):
         if virtual_tokens(cache) != length:
             raise WeightsError(
-                "past_key_values was filled without this pool's soft prompts: start from the whole prompt, without it."
+                f"{name} was filled without this pool's soft prompts: start from the whole prompt, without it."
             )
         width = (ids if ids is not None else inputs["inputs_embeds"]).shape[1]
         if mask is not None:

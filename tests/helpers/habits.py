@@ -22,6 +22,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer
 
 from helpers.habits_watch import ROWS, Subject, Weights, base, check_rows, check_weights, config, no_answers_read
+from helpers.tiny import CACHE
 from helpers.training import arguments
 from helpers.words import collate, prompts_of, rows_of, tokenizer
 from peft_sapt import ArmCallback, PromptMaskCollator, create_optimizer, save_pool
@@ -325,14 +326,14 @@ class Walk:
             if n & 1:
                 cache.reorder_cache(torch.tensor(order))
             with torch.no_grad(), Weights(model) as used:
-                model(torch.full((len(weights), 2), 12), past_key_values=cache)
+                model(torch.full((len(weights), 2), 12), **{CACHE: cache})
             torch.testing.assert_close(used.last(), weights[order], atol=1e-6, rtol=0)
             self.caches[-1] = subject, cache, weights[order], of
             return
         model, batch = self.model.eval(), prompts_of("b", seed=2)
         batch = {name: value[:3] for name, value in batch.items()}
         with torch.no_grad():
-            cache = model(**batch, use_cache=True).past_key_values
+            cache = model(**batch, use_cache=True)[CACHE]
         of = self.subject.adapter, model.tasks
         self.caches.append((self.subject, cache, model.attention_weights(**batch), of))
 

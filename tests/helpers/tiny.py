@@ -9,7 +9,9 @@ from peft import PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from peft_sapt import SaptConfig
+from peft_sapt.compat import cache_argument
 
+CACHE = cache_argument(LlamaForCausalLM)  # the name of a cache in the installed transformers
 VOCAB = 100
 PAD = 1
 

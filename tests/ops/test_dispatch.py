@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import logging
 import subprocess
 import sys
@@ -53,6 +54,28 @@ def test_a_gpu_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch, caplog:
     dispatch.why_not_triton.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     assert dispatch.choose("auto", torch.device("cuda", 0), torch.float16) == "triton"
+
+
+@pytest.mark.parametrize("how", ["older", "broken"])
+def test_a_triton_that_cannot_compile_them_is_named(how: str, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    """3.1, as torch 2.5 has it; 3.2 without setuptools, which it imports and nothing installs with it."""
+    gpu, known = torch.device("cuda", 0), builtins.__import__
+
+    def without_setuptools(name: str, *rest):
+        if name == "triton":
+            raise ModuleNotFoundError("No module named 'setuptools'")
+        return known(name, *rest)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    if how == "older":
+        monkeypatch.setattr("triton.__version__", "3.1.0")
+    else:
+        monkeypatch.setattr(builtins, "__import__", without_setuptools)
+    assert dispatch.choose("auto", gpu, torch.float16) == "torch"
+    assert caplog.records[-1].levelno == logging.WARNING
+    reason = {"older": r"Triton 3\.1\.0 is older than 3\.2", "broken": r"cannot be imported \(No module named 'setup"}
+    with pytest.raises(KernelError, match=reason[how] + r".*kernel='auto' or 'torch'"):
+        dispatch.choose("triton", gpu, torch.float16)
 
 
 def test_the_environment_overrides(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from torch.distributed.tensor import distribute_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
+from helpers.upstream import fsdp2_on_cpu
 from peft_sapt.ops import library, weighted_lora
 
 
@@ -206,11 +207,16 @@ def mesh(tmp_path):
     torch.distributed.destroy_process_group()
 
 
-def test_sharded_factors_are_refused_and_wrapped_modules_are_served(mesh) -> None:
+def test_sharded_factors_are_refused(mesh) -> None:
     tensors = layer()
     sharded = {**tensors, "new_a": distribute_tensor(tensors["new_a"].detach(), mesh)}
     with pytest.raises(ValueError, match=r"new_a is a DTensor.*full_tensor"):
         value(sharded)
+
+
+@fsdp2_on_cpu
+def test_wrapped_modules_are_served(mesh) -> None:
+    tensors = layer()
 
     class Block(torch.nn.Module):
         """Holds the factors; its forward is where FSDP makes them whole."""

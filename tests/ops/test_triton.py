@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from helpers.paths import ROOT, environment
+from helpers.upstream import loops_fail_in_the_interpreter
 from peft_sapt.ops import kernels, tiles
 from peft_sapt.ops.devtools import check, compile_check, floors, numerics, timings
 
@@ -47,6 +48,8 @@ def interpreted(count: int, dtypes: tuple[str, ...], path: str = "") -> list[dic
     code = SCRIPT.format(path=path, count=count, dtypes=dtypes)
     command = [sys.executable, "-c", code]
     run = subprocess.run(command, env=environment(TRITON_INTERPRET="1"), capture_output=True, text=True, check=False)
+    if run.returncode and loops_fail_in_the_interpreter():
+        pytest.xfail("this Triton's interpreter runs no loop with this NumPy, of a kernel of one line neither")
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(run.stdout)
 

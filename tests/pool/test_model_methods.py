@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from torch.nn.modules import module as torch_modules
 
 from helpers.tiny import padded, tiny_llama, token_rows
@@ -48,7 +48,7 @@ def test_the_look_for_a_peft_model_is_in_nobodys_way() -> None:
     """torch goes through its registration hooks while modules are built, when none may come or go."""
     hooks = torch_modules._global_module_registration_hooks
     count = len(hooks)
-    tiny_llama().add_adapter(SaptConfig(task_type="CAUSAL_LM", tasks=["a", "b"]))  # without any PeftModel
+    inject_adapter_in_model(SaptConfig(task_type="CAUSAL_LM", tasks=["a", "b"]), tiny_llama())  # without a PeftModel
     seen: list[str] = []
     other = torch_modules.register_module_module_registration_hook(lambda parent, name, child: seen.append(name))
     try:

@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model
 from transformers import StaticCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from helpers.tiny import PAD, VOCAB, build_pool, padded, token_rows
+from helpers.tiny import CACHE, PAD, VOCAB, build_pool, padded, token_rows
 from peft_sapt import SaptConfig
 from peft_sapt.errors import WeightsError
 from peft_sapt.routing.caches import cache_among, is_filled, kept_with
@@ -124,7 +124,7 @@ def test_rows_reordered_copied_or_somebody_elses(family: str) -> None:
 
 def test_names_and_unnamed_objects() -> None:
     pool = pool_of("Llama")
-    cache = pool(PROMPTS, use_cache=True).past_key_values
+    cache = pool(PROMPTS, use_cache=True)[CACHE]
     assert cache_among({"input_ids": PROMPTS, "past_key_values": cache}) == ("past_key_values", cache)
     assert cache_among({"anything": cache, "labels": None}) == ("anything", cache)
     assert cache_among({"encoder_outputs": cache, "use_cache": True}) == ("", None)
@@ -169,12 +169,12 @@ def test_weights_go_with_their_rows(move: str, block: str, router: str) -> None:
     order, change = MOVES[move]
     pool = build_pool("llama", TASKS, block=block, router=router).eval()
     weights = pool.attention_weights(PROMPTS)
-    caches = [pool(PROMPTS, use_cache=True, **given).past_key_values for given in ({}, {"sapt_weights": weights})]
+    caches = [pool(PROMPTS, use_cache=True, **given)[CACHE] for given in ({}, {"sapt_weights": weights})]
     for cache in caches:
         change(cache)
     for token in (NEXT[order], NEXT[order] + 1):  # and stay with them
-        got = pool(token, past_key_values=caches[0]).logits
-        expected = pool(token, past_key_values=caches[1], sapt_weights=weights[order]).logits
+        got = pool(token, **{CACHE: caches[0]}).logits
+        expected = pool(token, **{CACHE: caches[1]}, sapt_weights=weights[order]).logits
         torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
 
 
@@ -184,49 +184,49 @@ def test_a_static_cache() -> None:
 
     def start(**given: Any) -> StaticCache:
         cache = StaticCache(config=pool.config, max_cache_len=16)
-        pool(PROMPTS, past_key_values=cache, **given)
+        pool(PROMPTS, **{CACHE: cache}, **given)
         return cache
 
     caches = [start(), start(sapt_weights=weights)]
     for cache in caches:
         cache.reorder_cache(torch.tensor(order))
-    got = pool(NEXT[order], past_key_values=caches[0]).logits
-    expected = pool(NEXT[order], past_key_values=caches[1], sapt_weights=weights[order]).logits
+    got = pool(NEXT[order], **{CACHE: caches[0]}).logits
+    expected = pool(NEXT[order], **{CACHE: caches[1]}, sapt_weights=weights[order]).logits
     torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
     cache = start()
     cache.layers[-1].keys[:] = cache.layers[-1].keys[order]  # what was there is gone
-    with pytest.raises(WeightsError, match=r"past_key_values was changed in place.*sapt_weights"):
-        pool(NEXT, past_key_values=cache)
+    with pytest.raises(WeightsError, match=rf"{CACHE} was changed in place.*sapt_weights"):
+        pool(NEXT, **{CACHE: cache})
     cache.reset()
-    torch.testing.assert_close(pool(PROMPTS, past_key_values=cache).logits, pool(PROMPTS).logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(pool(PROMPTS, **{CACHE: cache}).logits, pool(PROMPTS).logits, atol=1e-5, rtol=0)
 
 
 def test_rows_exchanged_in_place_under_inference_mode() -> None:
     """Where torch counts no writes."""
     pool, order = pool_of("Llama"), [2, 0, 1]
     with torch.inference_mode():
-        cache = pool(PROMPTS, use_cache=True).past_key_values
-        cache = pool(NEXT, past_key_values=cache).past_key_values  # untouched
+        cache = pool(PROMPTS, use_cache=True)[CACHE]
+        cache = pool(NEXT, **{CACHE: cache})[CACHE]  # untouched
         for layer in cache.layers:
             layer.keys[:], layer.values[:] = layer.keys[order], layer.values[order]
         with pytest.raises(WeightsError, match="changed in place"):
-            pool(NEXT[order], past_key_values=cache)
+            pool(NEXT[order], **{CACHE: cache})
 
 
 def test_rows_that_no_longer_tell_are_refused() -> None:
     pool = pool_of("Llama")
-    cache = pool(PROMPTS, use_cache=True).past_key_values
+    cache = pool(PROMPTS, use_cache=True)[CACHE]
     for layer in cache.layers:
         layer.keys, layer.values = layer.keys * 1.01, layer.values * 1.01
-    with pytest.raises(WeightsError, match=r"Row 0 of past_key_values is none of the rows"):
-        pool(NEXT, past_key_values=cache)
+    with pytest.raises(WeightsError, match=rf"Row 0 of {CACHE} is none of the rows"):
+        pool(NEXT, **{CACHE: cache})
     same = PROMPTS[:1].repeat(2, 1)
-    cache = pool(same, use_cache=True).past_key_values
+    cache = pool(same, use_cache=True)[CACHE]
     kept = kept_with(cache)
     kept.mixture.weights = torch.eye(3)[:2]  # alike in all they hold, but for their weights
     cache.reorder_cache(torch.tensor([1, 0]))
     with pytest.raises(WeightsError, match="could be several"):
-        pool(NEXT[:2], past_key_values=cache)
+        pool(NEXT[:2], **{CACHE: cache})
 
 
 @pytest.mark.parametrize("change", ["replaced", "repeated", "new object"])
@@ -258,12 +258,12 @@ def test_a_second_generation_goes_on_with_the_cache_of_the_first(beams: int, imp
     weights = pool.attention_weights(PROMPTS)
     settings = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "num_beams": beams}
     first = pool.generate(PROMPTS, cache_implementation=implementation, **settings)
-    kept = kept_with(first.past_key_values).mixture.weights
+    kept = kept_with(first[CACHE]).mixture.weights
     torch.testing.assert_close(kept, weights.repeat_interleave(len(kept) // 3, 0))
     if implementation is None:
-        first.past_key_values.reorder_cache(torch.arange(len(kept)).flip(0))
-        pool(NEXT.repeat_interleave(len(kept) // 3, 0), past_key_values=first.past_key_values)
-        torch.testing.assert_close(kept_with(first.past_key_values).mixture.weights, kept.flip(0))
+        first[CACHE].reorder_cache(torch.arange(len(kept)).flip(0))
+        pool(NEXT.repeat_interleave(len(kept) // 3, 0), **{CACHE: first[CACHE]})
+        torch.testing.assert_close(kept_with(first[CACHE]).mixture.weights, kept.flip(0))
 
 
 def test_beams_by_hand_and_a_generation_goes_on() -> None:
@@ -271,12 +271,12 @@ def test_beams_by_hand_and_a_generation_goes_on() -> None:
     pool = pool_of("Llama")
     weights = pool.attention_weights(PROMPTS)
     found = pool.generate(PROMPTS, num_beams=3, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
-    cache = found.past_key_values
+    cache = found[CACHE]
     rows = len(cache.layers[0].keys)
-    got = pool(NEXT.repeat_interleave(rows // 3, 0), past_key_values=copy.deepcopy(cache)).logits
+    got = pool(NEXT.repeat_interleave(rows // 3, 0), **{CACHE: copy.deepcopy(cache)}).logits
     expected = pool(
         NEXT.repeat_interleave(rows // 3, 0),
-        past_key_values=cache,
+        **{CACHE: cache},
         sapt_weights=weights.repeat_interleave(rows // 3, 0),
     ).logits
     torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
@@ -289,19 +289,19 @@ def test_beams_by_hand_and_a_generation_goes_on() -> None:
 def test_a_copied_cache_that_goes_on_with_a_prompt_is_told_once(how: str) -> None:
     pool = pool_of("Llama")
     system, rest = PROMPTS[:1, :5], PROMPTS[:1, 5:]
-    kept = pool(system, use_cache=True).past_key_values
+    kept = pool(system, use_cache=True)[CACHE]
 
     def request() -> None:
         if how == "cut back":
             kept.crop(5 - kept.get_seq_length())
-            pool(rest, past_key_values=kept)
+            pool(rest, **{CACHE: kept})
         elif how == "forward":
-            pool(rest, past_key_values=copy.deepcopy(kept))
+            pool(rest, **{CACHE: copy.deepcopy(kept)})
         else:
-            pool.generate(PROMPTS[:1], past_key_values=copy.deepcopy(kept), max_new_tokens=1)
+            pool.generate(PROMPTS[:1], **{CACHE: copy.deepcopy(kept)}, max_new_tokens=1)
 
     if how == "cut back":
-        pool(rest, past_key_values=kept)
+        pool(rest, **{CACHE: kept})
     with pytest.warns(UserWarning, match=r"system prompt.*sapt_weights=model\.attention_weights"):
         request()
     with warnings.catch_warnings():
@@ -313,19 +313,19 @@ def test_a_chat_and_a_decode_loop_are_not_told() -> None:
     pool = pool_of("Llama")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        cache = pool(PROMPTS, use_cache=True).past_key_values
-        cache = pool(NEXT, past_key_values=copy.deepcopy(cache)).past_key_values  # one token: an answer goes on
-        pool(PROMPTS, past_key_values=cache)  # the next turn
+        cache = pool(PROMPTS, use_cache=True)[CACHE]
+        cache = pool(NEXT, **{CACHE: copy.deepcopy(cache)})[CACHE]  # one token: an answer goes on
+        pool(PROMPTS, **{CACHE: cache})  # the next turn
 
 
 def test_weights_given_with_a_copied_cache_hold() -> None:
     pool = pool_of("Llama")
-    kept = pool(PROMPTS[:1, :5], use_cache=True).past_key_values
+    kept = pool(PROMPTS[:1, :5], use_cache=True)[CACHE]
     weights = pool.attention_weights(PROMPTS[:1])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        got = pool(PROMPTS[:1, 5:], past_key_values=copy.deepcopy(kept), sapt_weights=weights)
-    torch.testing.assert_close(kept_with(got.past_key_values).mixture.weights, weights)
+        got = pool(PROMPTS[:1, 5:], **{CACHE: copy.deepcopy(kept)}, sapt_weights=weights)
+    torch.testing.assert_close(kept_with(got[CACHE]).mixture.weights, weights)
 
 
 @pytest.mark.parametrize("more", [{"output_hidden_states": True}, {"output_attentions": True}, {}])
@@ -341,10 +341,10 @@ def test_encoder_outputs_with_all_that_can_be_in_them(more: dict[str, bool]) -> 
 
 def test_a_system_prompt_that_is_repeated_for_several_users_is_told() -> None:
     pool = pool_of("Llama")
-    cache = pool(PROMPTS[:1, :5], use_cache=True).past_key_values
+    cache = pool(PROMPTS[:1, :5], use_cache=True)[CACHE]
     cache.batch_repeat_interleave(3)
     with pytest.warns(UserWarning, match="system prompt"):
-        pool(PROMPTS[:, 5:], past_key_values=cache)
+        pool(PROMPTS[:, 5:], **{CACHE: cache})
 
 
 def test_assistants_chats_and_samples_of_one_prompt_are_not_told() -> None:
@@ -353,19 +353,19 @@ def test_assistants_chats_and_samples_of_one_prompt_are_not_told() -> None:
         warnings.filterwarnings("error", message=".*system prompt.*")
         pool.generate(PROMPTS[:1], assistant_model=assistant, max_new_tokens=8, do_sample=False)
         found = pool.generate(PROMPTS, max_new_tokens=3, return_dict_in_generate=True)
-        found.past_key_values.crop(-1)
-        pool(torch.cat([NEXT, NEXT, NEXT, NEXT], 1), past_key_values=found.past_key_values)  # the next turn
-        prefix = pool(PROMPTS[:, :-1], use_cache=True).past_key_values
+        found[CACHE].crop(-1)
+        pool(torch.cat([NEXT, NEXT, NEXT, NEXT], 1), **{CACHE: found[CACHE]})  # the next turn
+        prefix = pool(PROMPTS[:, :-1], use_cache=True)[CACHE]
         for _ in range(2):
-            pool.generate(PROMPTS, past_key_values=copy.deepcopy(prefix), max_new_tokens=2)
+            pool.generate(PROMPTS, **{CACHE: copy.deepcopy(prefix)}, max_new_tokens=2)
 
 
 def test_a_cache_of_other_tasks_is_refused() -> None:
     """As many as before, but not the same."""
     pool = pool_of("Llama")
-    cache = pool(PROMPTS, use_cache=True).past_key_values
+    cache = pool(PROMPTS, use_cache=True)[CACHE]
     pool.remove_task("a")
     pool.commit_task([{"input_ids": PROMPTS}])
     pool.add_task("d")
     with pytest.raises(WeightsError, match="carries no attention weights of the active pool"):
-        pool.eval()(NEXT, past_key_values=cache)
+        pool.eval()(NEXT, **{CACHE: cache})

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import StaticCache
 
-from helpers.tiny import assert_real_pool, build_pool, padded, token_rows
+from helpers.tiny import CACHE, assert_real_pool, build_pool, padded, token_rows
 
 ROWS = token_rows([5, 9, 1, 14, 7, 3, 11, 6])
 
@@ -121,7 +121,7 @@ def test_static_cache_decodes_the_same(pool) -> None:
     if pool.config.is_encoder_decoder:
         cache = {"cache_implementation": "static"}
     else:
-        cache = {"past_key_values": StaticCache(config=pool.config, max_cache_len=32)}
+        cache = {CACHE: StaticCache(config=pool.config, max_cache_len=32)}
     batch, settings = padded(ROWS[:3]), {"max_new_tokens": 5, "do_sample": False}
     assert torch.equal(pool.generate(**batch, **settings, **cache), pool.generate(**batch, **settings))
 
@@ -135,7 +135,7 @@ def test_manual_decoding_keeps_the_weights_with_the_cache() -> None:
         for _ in range(4):
             step = out.logits[:, -1].argmax(-1, keepdim=True)
             tokens = torch.cat([tokens, step], dim=1)
-            out = model(input_ids=step, past_key_values=out.past_key_values, use_cache=True)
+            out = model(input_ids=step, **{CACHE: out[CACHE]}, use_cache=True)
     assert torch.equal(tokens, expected)
 
 
@@ -147,7 +147,7 @@ def test_a_chat_turn_keeps_the_mixture_of_its_cache() -> None:
     settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     turn = model.generate(input_ids=first, return_dict_in_generate=True, **settings)
     longer = torch.cat([turn.sequences, torch.tensor(token_rows([5, 5], seed=3))], dim=1)
-    second = model.generate(input_ids=longer, past_key_values=turn.past_key_values, **settings)
+    second = model.generate(input_ids=longer, **{CACHE: turn[CACHE]}, **settings)
     assert torch.equal(second, model.generate(input_ids=longer, sapt_weights=held, **settings))
 
 

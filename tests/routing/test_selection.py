@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LogitsProcessor
 
-from helpers.tiny import assert_real_pool, build_pool, grow, padded, token_rows
+from helpers.tiny import CACHE, assert_real_pool, build_pool, grow, padded, token_rows
 from peft_sapt import layer as layer_module
 from peft_sapt.layer import SaptLayer
 from peft_sapt.ops import reference
@@ -132,14 +132,14 @@ def test_rows_gather_the_blocks_of_all_of_them() -> None:
     names = ["t3", "t9"]
     with torch.no_grad():
         output = pool(**prompts, sapt_task=names, use_cache=True)
-        following = {"input_ids": torch.tensor([[5], [6]]), "past_key_values": output.past_key_values}
+        following = {"input_ids": torch.tensor([[5], [6]]), CACHE: output[CACHE]}
         mixed = pool(**following).logits
-        mixture = kept_with(output.past_key_values).mixture
+        mixture = kept_with(output[CACHE]).mixture
         ranks = pool.peft_config["default"].task_ranks
         assert mixture.few_scales.shape == (2, ranks[3] + ranks[9])
         for row, name in enumerate(names):
             single = pool(**{k: v[row : row + 1] for k, v in prompts.items()}, sapt_task=name, use_cache=True)
-            alone = pool(input_ids=following["input_ids"][row : row + 1], past_key_values=single.past_key_values)
+            alone = pool(input_ids=following["input_ids"][row : row + 1], **{CACHE: single[CACHE]})
             torch.testing.assert_close(mixed[row : row + 1], alone.logits, atol=1e-5, rtol=1e-4)
 
 
@@ -151,12 +151,12 @@ def test_gathered_factors_follow_their_blocks() -> None:
 
     def next_logits(cache) -> torch.Tensor:
         with torch.no_grad():
-            logits = pool(input_ids=torch.tensor([[7]]), past_key_values=cache).logits
+            logits = pool(input_ids=torch.tensor([[7]]), **{CACHE: cache}).logits
         cache.crop(-1)
         return logits
 
     with torch.no_grad():
-        cache = pool(**prompts, **newest, use_cache=True).past_key_values
+        cache = pool(**prompts, **newest, use_cache=True)[CACHE]
         twin = copy.deepcopy(cache)
         before = next_logits(cache)
         assert torch.equal(before, next_logits(cache))
@@ -173,8 +173,8 @@ def test_a_wide_mixture_is_not_gathered() -> None:
     pool = build_pool("llama", ["a", "b", "c"]).eval()
     prompts = padded(token_rows([6, 8]))
     with torch.no_grad():
-        cache = pool(**prompts, use_cache=True).past_key_values
-        pool(input_ids=torch.tensor([[5], [6]]), past_key_values=cache)
+        cache = pool(**prompts, use_cache=True)[CACHE]
+        pool(input_ids=torch.tensor([[5], [6]]), **{CACHE: cache})
     assert kept_with(cache).mixture.rows is None
 
 
@@ -250,13 +250,13 @@ def test_a_kept_cache_reads_the_newest_block_as_it_is(change) -> None:
     pool = build_pool("llama", TASKS).eval()
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
-        cache = pool(input_ids=ids, sapt_task=TASKS[-1], use_cache=True).past_key_values
-        pool(input_ids=ids[:, :1], past_key_values=cache)
+        cache = pool(input_ids=ids, sapt_task=TASKS[-1], use_cache=True)[CACHE]
+        pool(input_ids=ids[:, :1], **{CACHE: cache})
     change(pool)
     with torch.no_grad():
         twin = copy.deepcopy(cache)
-        found = pool(input_ids=ids[:, :1], past_key_values=cache).logits
-        assert torch.equal(found, copy.deepcopy(pool)(input_ids=ids[:, :1], past_key_values=twin).logits)
+        found = pool(input_ids=ids[:, :1], **{CACHE: cache}).logits
+        assert torch.equal(found, copy.deepcopy(pool)(input_ids=ids[:, :1], **{CACHE: twin}).logits)
 
 
 class Watch(LogitsProcessor):

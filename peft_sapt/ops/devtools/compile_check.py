@@ -87,8 +87,6 @@ def source_of(function: Any, variant: Variant, ones: bool = False) -> Any:
     Args:
         ones: as for a launch with 1 for every integer. Triton makes a constant of a 1, unless the kernel forbids it.
     """
-    from triton.compiler import ASTSource
-
     modes = dict(variant.settings)
     blocks = {"BLOCK_M": variant.tile.m, "BLOCK_R": variant.tile.r}
     blocks["BLOCK_K" if variant.kernel == "shrink" else "BLOCK_N"] = variant.tile.other
@@ -110,7 +108,20 @@ def source_of(function: Any, variant: Variant, ones: bool = False) -> Any:
             signature[name] = "i32"
         if not ones and (name.endswith("_ptr") or name in ("width", "split_width", "split_tokens")):
             aligned[(position,)] = [["tt.divisibility", 16]]
-    return ASTSource(function, signature, constants, aligned)
+    return _ast_source(function, signature, constants, aligned)
+
+
+def _ast_source(function: Any, signature: dict[str, str], constants: dict[str, Any], aligned: dict) -> Any:
+    """A source in the form that the installed Triton takes: 3.2 has a class of its own for what is aligned."""
+    from triton.backends import compiler
+    from triton.compiler import ASTSource
+
+    descriptor = getattr(compiler, "AttrsDescriptor", None)
+    if descriptor is None:
+        return ASTSource(function, signature, constants, aligned)
+    varying = {name: kind for name, kind in signature.items() if kind != "constexpr"}
+    known = {"arg_properties": {"tt.divisibility": [at for (at,) in aligned]}, "cls": descriptor.__name__}
+    return ASTSource(function, varying, constants, descriptor.from_dict(known))
 
 
 def compile_variant(variant: Variant, architecture: int) -> Compiled:
@@ -127,9 +138,9 @@ def compile_variant(variant: Variant, architecture: int) -> Compiled:
 
 
 def _read(variant: Variant, architecture: int, cubin: bytes, shared: int) -> Compiled:
-    from triton import knobs
+    import triton
 
-    tool = knobs.nvidia.cuobjdump.path
+    tool = str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
