@@ -19,6 +19,7 @@ import peft
 import torch
 import transformers
 from huggingface_hub.errors import HfHubHTTPError
+from packaging.version import InvalidVersion, Version
 from torch import nn
 
 from .errors import VersionError
@@ -89,6 +90,7 @@ PUBLIC = (  # names that some version lacks, on which a promise rests
     Use(f"{CALLBACK}.on_pre_optimizer_step", "ArmCallback stops before NaN reaches the weights"),
     Use(f"{CALLBACK}.on_step_begin", "ArmCallback replays old tasks"),
     Use(f"{CALLBACK}.on_save", "ArmCallback marks complete checkpoints"),
+    Use("transformers.generation.continuous_batching.PagedAttentionCache", "continuous batching is refused"),
     Use("torch.optim.optimizer.register_optimizer_step_pre_hook", "an optimizer of replaced parameters is refused"),
     Use("torch.nn.modules.module.register_module_module_registration_hook", "push_to_hub keeps the model card"),
 )
@@ -146,7 +148,7 @@ def found(name: str) -> Any:
                 here = importlib.import_module(".".join(parts[:i]))
         if mentioned and mentioned not in vars(here).values():
             here = here if mentioned in (*here.__code__.co_names, *here.__code__.co_consts) else None
-    except (AttributeError, ImportError, TypeError):
+    except Exception:  # whatever keeps it from being found
         return None
     return here
 
@@ -157,19 +159,25 @@ def an_object_of(maker: Any) -> Any:
 
 
 def numbers_of(version: str) -> tuple[int, ...]:
-    """(2, 13, 0) of "2.13.0+cpu"."""
-    parts = version.split("+")[0].split(".")
-    return tuple(int(part) for part in parts[:3] if part.isdigit())
+    """(2, 13, 0) of "2.13.0+cpu"; () of what is no version."""
+    try:
+        return Version(version).release
+    except InvalidVersion:
+        return ()
 
 
 def lowest_to_highest(module: Any) -> bool:
     """Whether the installed version is not below the lowest tested, and of no newer series than the highest."""
-    version, (lowest, highest) = numbers_of(module.__version__), TESTED[module]
+    version, (lowest, highest) = numbers_of(version_of(module)), TESTED[module]
     return lowest <= version and version[:2] <= highest
 
 
+def version_of(module: Any) -> str:
+    return str(getattr(module, "__version__", "of no version"))
+
+
 def installed() -> str:
-    return ", ".join(f"{module.__name__} {module.__version__}" for module in TESTED)
+    return ", ".join(f"{module.__name__} {version_of(module)}" for module in TESTED)
 
 
 def tested() -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import configparser
+import importlib.util
+import json
 import subprocess
 import sys
 import warnings
@@ -12,6 +14,7 @@ from functools import partial
 import huggingface_hub
 import pytest
 import torch
+from click.testing import CliRunner
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 
@@ -21,6 +24,7 @@ from helpers.paths import EXAMPLES, PACKAGE, ROOT, environment
 from helpers.private_names import of_others
 from helpers.tiny import CACHE, build_pool, labelled, padded, token_rows
 from peft_sapt import compat
+from peft_sapt.cli.main import main
 from peft_sapt.compat import DISPATCHER, FSDP1, PRIVATE, PUBLIC, RECOMPUTED, REFUSED
 from peft_sapt.errors import SaptError, VersionError, WeightsError
 from peft_sapt.ops import library, weighted_lora
@@ -175,7 +179,8 @@ def test_untested_versions_are_told(module, monkeypatch) -> None:
 
 
 def test_numbers_of_a_version() -> None:
-    found = {"2.13.0+cpu": (2, 13, 0), "5.24": (5, 24), "2.15.0a0": (2, 15), "0.22.0.dev0": (0, 22, 0)}
+    found = {"2.13.0+cpu": (2, 13, 0), "5.24": (5, 24), "2.6.0a0+git": (2, 6, 0), "0.22.0.dev0": (0, 22, 0)}
+    found |= {"3.2rc1": (3, 2), "2.7a0": (2, 7), "of no version": ()}
     assert {text: compat.numbers_of(text) for text in found} == found
 
 
@@ -261,6 +266,28 @@ def test_training_from_the_command_line_imports_no_report() -> None:
         "print([m for m in sys.modules if m.startswith(('peft_sapt.report', 'matplotlib'))])"
     )
     assert run.stdout.strip() == "[]", run.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "package", "cure"),
+    [
+        (["report", "."], "matplotlib", "pip install matplotlib"),
+        (["bench", "--tasks-dir", "."], "matplotlib", "bench --no-report"),
+        (["train", "--tasks-dir", ".", "--metric", "rougeL"], "rouge_score", "pip install rouge-score"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_what_an_optional_package_is_missed_for_is_told_at_once(command, package, cure, tmp_path, monkeypatch) -> None:
+    known = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == package else known(name, *more)
+    )
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "validation", "test"):
+        row = {"instruction": "i", "input": "x", "output": ["y"]}
+        (tmp_path / f"a.{split}.jsonl").write_text(json.dumps(row) + "\n")
+    found = CliRunner().invoke(main, command)
+    assert found.exit_code == 1 and cure in found.output and len(found.output.strip().splitlines()) == 1, found
 
 
 # --- other systems ---------------------------------------------------------------------------------------------------

@@ -130,6 +130,8 @@ def test_what_cannot_work_on_a_pool_is_refused() -> None:
     paged = type("PagedAttentionCache", (), {})()
     with pytest.raises(SaptError, match="Continuous batching"):
         model.get_base_model()(input_ids=torch.tensor([[5, 6]]), cache=paged)
+    with pytest.raises(SaptError, match="Continuous batching"):
+        model.get_base_model()(torch.tensor([[5, 6]]), None, None, paged)
 
 
 def test_a_cache_is_marked_by_a_forward_that_returns_a_tuple() -> None:

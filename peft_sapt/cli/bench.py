@@ -42,6 +42,10 @@ def command(ctx: click.Context, dry_run: bool, **_: Any) -> None:
     """
     (data, budget), grid = resolved(ctx), built(Grid, ctx.params)
     must_be_folder(grid.out, "--out")
+    if grid.report:
+        from ..report.pictures import check_can_draw
+
+        check_can_draw()
     stream, orders = stream_and_orders(data, grid.orders)
     runs = with_single_scores(runs_of(grid.name, grid.methods, grid.orders, grid.seeds, orders), orders)
     if dry_run:

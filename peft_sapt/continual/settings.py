@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,8 @@ class Data:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise StreamError(f"--{name.replace('_', '-')} is {value}: it must be at least 1.")
+        if self.metric == "rougeL" and importlib.util.find_spec("rouge_score") is None:
+            raise StreamError("--metric rougeL needs a package that is not installed: pip install rouge-score.")
         if "{definition}" not in self.head and self.definitions:
             raise StreamError(f"--head {self.head!r} lacks {{definition}}: put it in, or say --no-definitions.")
 

@@ -52,7 +52,7 @@ def why_not_triton(device: str, index: int | None, dtype: torch.dtype) -> str | 
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (`pip install triton`; a CUDA build of torch brings it)."
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
-        return None
+        return why_not_this_triton()
     if device != "cuda":
         return f"the tensors are on {device!r}, not on a CUDA device."
     if torch.version.hip is not None:

@@ -10,10 +10,20 @@ import numpy as np
 
 from ..continual.methods import LABELS
 from ..continual.results import Result
-from ..hub.heatmap import draw_matrix
+from ..errors import StreamError
+from ..hub.heatmap import can_draw, draw_matrix
 from .tables import first_order, short
 
 VIEWS = {"train_weights": "training prompts, when learned", "mean_weights": "held-out prompts, at the end"}
+
+
+def check_can_draw() -> None:
+    """Raises [`StreamError`] where matplotlib is not installed."""
+    if not can_draw():
+        raise StreamError(
+            "Pictures are drawn with matplotlib, which is not installed: pip install matplotlib, or leave them out "
+            "(report --no-pictures, bench --no-report)."
+        )
 
 
 def pyplot() -> Any:

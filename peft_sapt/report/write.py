@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..continual.results import Result, load_runs
 from ..storage.atomic import write_atomically
-from .pictures import by_method, draw_forgetting, draw_growth, draw_heatmaps
+from .pictures import by_method, check_can_draw, draw_forgetting, draw_growth, draw_heatmaps
 from .tables import FORMATS, methods_table, numbers_table, provenance_table, settings_table, tasks_table
 
 TABLES = {
@@ -30,8 +30,10 @@ def write_report(folder: Path, out: Path, formats: Iterable[str] = tuple(FORMATS
     """Write the report of all results in ``folder`` to ``out``, and return the path of its report.md.
 
     Raises:
-        StreamError: there are no results, or a file is not one.
+        StreamError: there are no results, a file is not one, or pictures cannot be drawn. Nothing is written then.
     """
+    if pictures:
+        check_can_draw()
     runs, formats = load_runs(folder), list(formats)
     out.mkdir(parents=True, exist_ok=True)
     parts = [f"# {runs[0]['benchmark']}"]

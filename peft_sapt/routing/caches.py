@@ -42,6 +42,13 @@ class Kept:
         other.is_copy, other.first = True, self.first
         return other
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "tensors": [(tensor, _version(tensor) == version) for tensor, version in self.tensors]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        tensors = [(tensor, _version(tensor) if same else -1) for tensor, same in state["tensors"]]
+        vars(self).update(state, tensors=tensors, is_copy=True)
+
     @property
     def virtual_tokens(self) -> int | None:
         """How many virtual tokens the cache begins with, if a pool of soft prompts filled it."""
@@ -111,13 +118,7 @@ def is_filled(cache: Any) -> bool:
     """Whether ``cache`` holds tokens already."""
     if cache is None:
         return False
-    if length_of(cache):
-        return True
-    if isinstance(cache, Cache) and not any(
-        hasattr(layer, "recurrent_states") for layer in getattr(cache, "layers", [])
-    ):
-        return False
-    return any(bool(tensor.any()) for tensor in _some_tensors(cache))
+    return bool(length_of(cache)) or any(bool(tensor.any()) for tensor in _some_tensors(cache))
 
 
 def kept_with(holder: Any) -> Kept | None:
@@ -137,18 +138,20 @@ def virtual_tokens(cache: Any) -> int | None:
 # --- leaving weights -------------------------------------------------------------------------------------------------
 
 
-def keep_with_output(output: Any, given: Any, mixture: Mixture) -> Any:
+def keep_with_output(output: Any, given: Any, mixture: Mixture, of_encoder: bool = False) -> Any:
     """Let what a forward has filled or put out carry the mixture of that forward; returns the cache, if there is one.
 
     Args:
         given: the cache that the forward got, which an output need not repeat.
+        of_encoder: the output is that of an encoder alone, of whatever kind.
     """
     if mixture.weights.dim() == 3:
         return None  # per token of packed rows: nothing that a next token could continue
     caches = list(_caches_of(output, given))
     for cache in caches:
         _leave(cache, mixture.detached())
-    if not caches and hasattr(output, "last_hidden_state") and not hasattr(output, "logits"):
+    encoded = hasattr(output, "last_hidden_state") and not hasattr(output, "logits")
+    if not caches and (encoded or (of_encoder and isinstance(output, tuple))):
         _leave(output, mixture)
     return caches[0] if caches else None
 
@@ -173,7 +176,8 @@ def _caches_of(output: Any, given: Any) -> Iterator[Any]:
         if value is None or value is given or isinstance(value, Tensor):
             continue
         own = hasattr(value, "__dict__") and not isinstance(value, (nn.Module, Mapping, type))
-        if own or (name in CACHE_NAMES and isinstance(value, (list, tuple))):
+        unnamed = not name and isinstance(value, list)  # hidden states and attentions come as tuples
+        if own or unnamed or (name in CACHE_NAMES and isinstance(value, (list, tuple))):
             yield value
 
 

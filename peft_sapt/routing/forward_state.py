@@ -33,7 +33,7 @@ class ForwardState(threading.local):
         self.cache: Any = None  # that this forward was given to fill
         self.rows_agree = True  # where the base has towers: each prompt has one image or clip of its own
         self.generates = False  # whether this forward is one of the generation under way
-        self.padded_length: int | None = None  # positions that its logits have with virtual tokens, which are cut
+        self.inserted: Any = None  # where virtual tokens stand in it, which are cut out of its logits
         self.session: GenerationSession | None = None  # while generate() runs
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ForwardState:
@@ -49,5 +49,5 @@ class ForwardState(threading.local):
 
     def clear(self) -> None:
         """Forget the forward; a session goes on."""
-        self.mixture = self.weights = self.rank_scales = self.owner = self.cache = self.padded_length = None
+        self.mixture = self.weights = self.rank_scales = self.owner = self.cache = self.inserted = None
         self.rows_agree, self.generates = True, False

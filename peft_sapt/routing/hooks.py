@@ -103,7 +103,7 @@ class RoutingHooks:
         given = {name: kwargs.pop(name) for name in SAPT_ARGUMENTS if name in kwargs}
         if getattr(module, "_is_replica", False):
             raise SaptError("nn.DataParallel is not supported: start the script with torchrun or accelerate launch.")
-        if any(type(value).__name__.startswith("Paged") for value in kwargs.values()):
+        if any(type(value).__name__.startswith("Paged") for value in (*args, *kwargs.values())):
             raise SaptError("Continuous batching is not supported: its rows hold tokens of several requests.")
         adapter, state = self.active(), self.state
         inside = state.weights is not None and module is not self.base  # an encoder in a routed forward
@@ -145,25 +145,23 @@ class RoutingHooks:
             return None
         session = state.session
         if session is None or not state.generates:
-            keep_with_output(output, state.cache, mixture)
+            keep_with_output(output, state.cache, mixture, of_encoder=module is not self.base)
         else:  # the cache is looked at once, and again when the generation ends
             if session.cache is None or session.cache is not state.cache:
                 kept = keep_with_output(output, state.cache, mixture)
                 session.cache = kept if session.cache is None else session.cache
             session.last = mixture
-        padded_length = state.padded_length
+        inserted = state.inserted
         state.clear()
-        if padded_length is None:
-            return None
-        return strip_prompt(output, mixture.config.num_virtual_tokens, padded_length)
+        return None if inserted is None else strip_prompt(output, mixture.config.num_virtual_tokens, inserted)
 
     def with_prompt(self, module: nn.Module, adapter: str, inputs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a forward with the mixed soft prompt in front."""
         prompts, weights = self.prompts, self.state.weights
         assert prompts is not None and weights is not None and self.base is not None
         length, encoder_decoder = self.config_of(adapter).num_virtual_tokens, is_encoder_decoder(self.base)
-        changed, self.state.padded_length = prepend_prompt(
-            module, lambda: prompts.mixed(adapter, weights), length, inputs, encoder_decoder
+        changed, self.state.inserted = prepend_prompt(
+            module, lambda: prompts.mixed(adapter, weights), length, inputs, encoder_decoder, self.state.generates
         )
         return changed
 

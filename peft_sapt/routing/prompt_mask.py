@@ -36,6 +36,8 @@ def prompt_mask_of(
         )
     if mask is not None:
         mask = mask.bool()
+    elif ids is not None and generate_has_dropped_mask(inputs):
+        mask = torch.ones_like(ids, dtype=torch.bool)
     elif ids is not None:
         mask = inferred_mask(ids, getattr(settings, "pad_token_id", None), getattr(settings, "eos_token_id", None))
         token = padding_token(ids, {0} | special_ids(settings)) if bool(mask.all()) and segments is None else None
@@ -73,6 +75,22 @@ def inferred_mask(input_ids: Tensor, pad_token_id: int | None, eos_token_id: int
     if pad_token_id is None or pad_token_id in eos:
         return torch.ones_like(input_ids, dtype=torch.bool)
     return input_ids != pad_token_id
+
+
+def generate_has_dropped_mask(inputs: Mapping[str, Any]) -> bool:
+    """Whether a forward has no mask since ``generate`` has dropped it, as newer transformers do with one of all ones.
+
+    There is one in the first place, inferred where a caller gave none. Such a forward asks for the last logits alone,
+    and its positions count up.
+    """
+    positions = inputs.get("position_ids")
+    if inputs.get("attention_mask") is not None or inputs.get("logits_to_keep") is None:
+        return False
+    if inputs.get("return_dict") is not True or not isinstance(inputs["logits_to_keep"], int):
+        return False
+    if positions is None:
+        return True  # a model that takes none
+    return bool((positions == torch.arange(positions.shape[-1], device=positions.device)).all())
 
 
 def before_answers(

@@ -2,16 +2,17 @@
 
     P = sum_t w_t P_t,   P_t [P, d]   (SAPT, section 3.2, with prompts in place of LoRA)
 
-A forward of the base model (or of its encoder) gets the mixed prompt [B, P, d] in front of its token embeddings, and a
-mask, positions and labels to match. Virtual tokens hold the positions 0..P-1 and a row's tokens follow, however the
-row is padded, so that a row's result depends on that row alone.
+A forward of the base model (or of its encoder) gets the mixed prompt [B, P, d] right before the first token of each
+row, and a mask, positions and labels to match. Virtual tokens hold the positions 0..P-1 and the row's tokens follow;
+padding on the left stays in front of both. So a row's result depends on that row alone, also where a window or a state
+runs over it.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,14 @@ from ..pool_module import FreePoolModule, Linears, linear_from, unshard
 from .caches import cache_among, is_filled, virtual_tokens
 from .notices import IGNORED_LABEL
 from .packing import segments_of
-from .prompt_mask import inferred_mask
+from .prompt_mask import generate_has_dropped_mask, inferred_mask
+
+
+class Inserted(NamedTuple):
+    """Where virtual tokens stand in a forward: before position ``first`` [B] of each row, in ``total`` positions."""
+
+    first: Tensor
+    total: int
 
 
 class SoftPrompts(FreePoolModule):
@@ -79,13 +87,21 @@ def new_prompt(config: SaptConfig, embedding: Tensor) -> Tensor:
 
 
 def prepend_prompt(
-    module: nn.Module, mixed: Callable[[], Tensor], length: int, inputs: dict[str, Any], encoder_decoder: bool
-) -> tuple[dict[str, Any], int | None]:
-    """The arguments of a forward with the prompt ``mixed()`` [B, P, d] in front, P = ``length``, and the P + S
-    positions that its logits then have, if these are to be cut.
+    module: nn.Module,
+    mixed: Callable[[], Tensor],
+    length: int,
+    inputs: dict[str, Any],
+    encoder_decoder: bool,
+    generates: bool = False,
+) -> tuple[dict[str, Any], Inserted | None]:
+    """The arguments of a forward with the prompt ``mixed()`` [B, P, d] in front, P = ``length``, and where it stands,
+    if its logits are to be cut out.
 
     ``inputs`` are all arguments by name. Later forwards on a cache that begins with the virtual tokens get mask and
     positions alone; so does the decoder of an encoder-decoder, whose encoder outputs begin with them.
+
+    Args:
+        generates: the forward is one of a ``generate`` under way, which has a mask, but may drop one of all ones.
 
     Raises:
         PromptError: packed rows, or a mask of more than two dimensions.
@@ -109,8 +125,10 @@ def prepend_prompt(
             )
         width = (ids if ids is not None else inputs["inputs_embeds"]).shape[1]
         if mask is not None:
-            changed["attention_mask"] = pad_left(mask, length, 1)
-        changed.update(positions(takes, inputs, changed.get("attention_mask"), length, width))
+            changed["attention_mask"] = insert_before_first(mask.new_ones(len(mask), length), mask, mask)
+            changed.update(positions(takes, inputs, mask, changed["attention_mask"], length, width))
+        elif inputs.get("position_ids") is not None:
+            changed["position_ids"] = inputs["position_ids"] + length
         return changed, None
     if segments_of(inputs) is not None:
         raise PromptError("Packed rows are not supported with block='prompt': switch packing off.")
@@ -118,64 +136,74 @@ def prepend_prompt(
     if embeddings is None:
         embeddings = module.get_input_embeddings()(ids)  # type: ignore[operator]  # [B, S, d]
     width = embeddings.shape[1]
-    if mask is None and ids is not None:
+    if mask is None and ids is not None and not generates and not generate_has_dropped_mask(inputs):
         config: Any = getattr(module, "config", None)
         mask = inferred_mask(ids, getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)).long()
     elif mask is None:
         mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
     changed.pop("input_ids", None)
-    prompt = mixed().to(embeddings)
-    if encoder_decoder:  # relative positions cannot be given, so that left padding must stay in front
-        changed["inputs_embeds"] = insert_before_first(prompt, embeddings, mask)  # [B, P + S, d]
-        changed["attention_mask"] = insert_before_first(mask.new_ones(len(mask), length), mask, mask)
+    changed["inputs_embeds"] = insert_before_first(mixed().to(embeddings), embeddings, mask)  # [B, P + S, d]
+    changed["attention_mask"] = insert_before_first(mask.new_ones(len(mask), length), mask, mask)
+    if encoder_decoder:
         return changed, None
-    changed["inputs_embeds"] = torch.cat([prompt, embeddings], dim=1)  # [B, P + S, d]
-    changed["attention_mask"] = pad_left(mask, length, 1)
-    changed.update(positions(takes, inputs, changed["attention_mask"], length, length + width))
+    changed.update(positions(takes, inputs, mask, changed["attention_mask"], length, length + width))
     labels, kept = inputs.get("labels"), inputs.get("logits_to_keep")
     if labels is not None and labels.shape[1:2] == (width,):
-        changed["labels"] = pad_left(labels, length, IGNORED_LABEL)
+        changed["labels"] = insert_before_first(labels.new_full((len(labels), length), IGNORED_LABEL), labels, mask)
     if isinstance(kept, Tensor):
         changed["logits_to_keep"] = kept + length
-    return changed, length + width
+    return changed, Inserted(first_of(mask), length + width)
 
 
-def pad_left(tensor: Tensor, length: int, value: int) -> Tensor:
-    """``tensor`` [B, S] with ``length`` columns of ``value`` in front."""
-    return nn.functional.pad(tensor, (length, 0), value=value)
+def first_of(mask: Tensor) -> Tensor:
+    """The first position that ``mask`` [B, S] has in each row: [B]."""
+    return mask.bool().int().argmax(dim=1)
 
 
 def insert_before_first(front: Tensor, tensor: Tensor, mask: Tensor) -> Tensor:
     """``front`` [B, P, ...] put into ``tensor`` [B, S, ...] before the first position that ``mask`` has in a row."""
     length, both = front.shape[1], torch.cat([front, tensor], dim=1)
-    first = mask.bool().int().argmax(dim=1, keepdim=True)  # [B, 1]
+    first = first_of(mask).unsqueeze(1)  # [B, 1]
     places = torch.arange(both.shape[1], device=mask.device).expand(len(both), -1)
     source = torch.where(places < first, places + length, torch.where(places < first + length, places - first, places))
     return both[torch.arange(len(both), device=mask.device).unsqueeze(1), source]
 
 
-def positions(takes: Any, inputs: dict[str, Any], mask: Tensor | None, length: int, width: int) -> dict[str, Tensor]:
-    """Positions of the last ``width`` tokens of rows with virtual ones in front: those given, moved, or the mask's."""
+def positions(
+    takes: Any, inputs: dict[str, Any], mask: Tensor, longer: Tensor, length: int, width: int
+) -> dict[str, Tensor]:
+    """Positions of the last ``width`` tokens of rows with virtual ones: those given, moved, or those of the mask.
+
+    Args:
+        mask, longer: without the virtual tokens, and with them.
+    """
     if "position_ids" not in takes:
         return {}
     given = inputs.get("position_ids")
-    if given is not None:
-        moved = given + length
-        if width > given.shape[-1]:
-            front = torch.arange(length, device=moved.device).expand(*moved.shape[:-1], length)
-            moved = torch.cat([front, moved], dim=-1)
-        return {"position_ids": moved}
-    if mask is None:
-        return {}
-    return {"position_ids": (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -width:]}
+    if given is None:
+        return {"position_ids": (longer.long().cumsum(dim=1) - 1).clamp(min=0)[:, -width:]}
+    moved = given + length
+    if width > given.shape[-1]:
+        rows = moved.expand(*moved.shape[:-2], len(mask), -1).reshape(-1, len(mask), moved.shape[-1])  # [n, B, S]
+        front = torch.arange(length, device=moved.device).expand(len(mask), -1)
+        moved = torch.stack([insert_before_first(front, each, mask) for each in rows])
+        moved = moved.reshape(*given.shape[:-2], len(mask), width)
+    return {"position_ids": moved}
 
 
-def strip_prompt(output: Any, length: int, total: int) -> Any:
+def strip_prompt(output: Any, length: int, inserted: Inserted) -> Any:
     """``output`` with its logits cut to the tokens of the caller: [B, P + S, V] -> [B, S, V]."""
+    first, total = inserted
+    padded = bool(first.any())
 
     def cut(value: Any) -> Any:
-        has_prompt = isinstance(value, Tensor) and value.dim() == 3 and value.shape[1] == total
-        return value[:, length:] if has_prompt else value
+        if not (isinstance(value, Tensor) and value.dim() == 3 and value.shape[1] == total):
+            return value
+        if not padded or len(first) != len(value):
+            return value[:, length:]
+        places = torch.arange(total - length, device=value.device).expand(len(value), -1)  # [B, S]
+        places = torch.where(places < first.to(value.device).unsqueeze(1), places, places + length)
+        return value.gather(1, places.unsqueeze(-1).expand(-1, -1, value.shape[-1]))
 
     if isinstance(output, tuple):
         return tuple(cut(value) for value in output)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from helpers.paths import environment
-from helpers.tiny import tiny_llama
+from helpers.tiny import PAD, tiny_llama
 
 
 def own_adapters_refused() -> bool:
@@ -47,6 +47,15 @@ def loops_fail_in_the_interpreter() -> bool:
         script.write_text(PLAIN_KERNEL, encoding="utf-8")
         run = subprocess.run([sys.executable, script], env=environment(TRITON_INTERPRET="1"), capture_output=True)
     return run.returncode != 0
+
+
+def peft_loses_its_own_prompt() -> bool:
+    """Whether PEFT's prompt tuning generates other tokens on a cache than without, as 0.21.2 on transformers 5.24."""
+    torch.manual_seed(1)
+    settings = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model, ids = get_peft_model(tiny_llama(), settings).eval(), torch.arange(5, 25).view(4, 5)
+    how = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False, "pad_token_id": PAD}
+    return not torch.equal(model.generate(ids, **how), model.generate(ids, use_cache=False, **how))
 
 
 # torch 2.6 shards on a CPU only as far as its first unsharding, in which it asks torch.cpu.Stream for what that lacks

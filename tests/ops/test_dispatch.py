@@ -74,8 +74,11 @@ def test_a_triton_that_cannot_compile_them_is_named(how: str, monkeypatch: pytes
     assert dispatch.choose("auto", gpu, torch.float16) == "torch"
     assert caplog.records[-1].levelno == logging.WARNING
     reason = {"older": r"Triton 3\.1\.0 is older than 3\.2", "broken": r"cannot be imported \(No module named 'setup"}
-    with pytest.raises(KernelError, match=reason[how] + r".*kernel='auto' or 'torch'"):
-        dispatch.choose("triton", gpu, torch.float16)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # on a CPU likewise
+    for device in (gpu, CPU):
+        with pytest.raises(KernelError, match=reason[how] + r".*kernel='auto' or 'torch'"):
+            dispatch.choose("triton", device, torch.float16)
+    assert dispatch.choose("auto", CPU, torch.float16) == "torch"
 
 
 def test_the_environment_overrides(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -10,51 +11,18 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import StaticCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from helpers.tiny import CACHE, PAD, VOCAB, build_pool, padded, token_rows
-from peft_sapt import SaptConfig
+from helpers.families import FAMILIES, pool_of
+from helpers.tiny import CACHE, PAD, build_pool, padded, token_rows
 from peft_sapt.errors import WeightsError
 from peft_sapt.routing.caches import cache_among, is_filled, kept_with
 
 TASKS = ["a", "b", "c"]
 PROMPTS = torch.tensor(token_rows([9, 9, 9], seed=3))
 NEXT = torch.tensor([[17], [23], [31]])
-IDS = {"vocab_size": VOCAB, "pad_token_id": PAD, "bos_token_id": 3, "eos_token_id": 2}
-SMALL = {**IDS, "hidden_size": 32, "num_hidden_layers": 2}
-SHAPE = {**SMALL, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 4}
-MAMBA_2 = {"state_size": 8, "num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 4}
-
-FAMILIES: dict[str, tuple[type, type, dict[str, Any], list[str]]] = {
-    "Llama": (tf.LlamaConfig, tf.LlamaForCausalLM, SHAPE, ["q_proj", "v_proj"]),
-    "Mistral, sliding": (tf.MistralConfig, tf.MistralForCausalLM, {**SHAPE, "sliding_window": 4}, ["q_proj"]),
-    "Gemma 2": (tf.Gemma2Config, tf.Gemma2ForCausalLM, {**SHAPE, "sliding_window": 4}, ["q_proj", "o_proj"]),
-    "Mamba": (tf.MambaConfig, tf.MambaForCausalLM, {**SMALL, "state_size": 8}, ["in_proj", "x_proj"]),
-    "Mamba 2": (tf.Mamba2Config, tf.Mamba2ForCausalLM,
-                {**SMALL, **MAMBA_2}, ["in_proj"]),
-    "Falcon H1": (tf.FalconH1Config, tf.FalconH1ForCausalLM, {**SHAPE, **MAMBA, "mamba_d_ssm": 64},
-                  ["in_proj", "q_proj"]),
-    "LFM 2": (tf.Lfm2Config, tf.Lfm2ForCausalLM, {**SHAPE, "layer_types": ["conv", "full_attention"]},
-              ["in_proj", "q_proj"]),
-    "RWKV": (tf.RwkvConfig, tf.RwkvForCausalLM, SMALL, ["key", "value"]),
-}  # fmt: skip
-
-
-def pool_of(family: str, **settings: Any) -> PeftModel:
-    config, model, shape, targets = FAMILIES[family]
-    torch.manual_seed(0)
-    base = model(config(**shape)).eval()
-    base.get_input_embeddings().weight.data.normal_()
-    settings = {"tasks": TASKS, "init_weights": False, "temperature": 0.3, "target_modules": targets, **settings}
-    pool = get_peft_model(base, SaptConfig(task_type="CAUSAL_LM", **settings)).eval()
-    with torch.no_grad():
-        for name, parameter in pool.named_parameters():
-            if "query_down" in name:
-                parameter.mul_(4)
-    return pool
 
 
 def filled(pool: PeftModel, **given: Any) -> tuple[str, Any]:
@@ -369,3 +337,42 @@ def test_a_cache_of_other_tasks_is_refused() -> None:
     pool.add_task("d")
     with pytest.raises(WeightsError, match="carries no attention weights of the active pool"):
         pool.eval()(NEXT, **{CACHE: cache})
+
+
+# --- other forms of the same -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", ["lora", "prompt"])
+def test_encoder_outputs_as_a_tuple(block: str) -> None:
+    pool = build_pool("t5", TASKS, block=block).eval()
+    batch, start = padded(token_rows([9, 9, 9], seed=3)), torch.tensor([[PAD, 5]] * 3)
+    encoder = pool.get_base_model().get_encoder()
+    expected = pool(**batch, decoder_input_ids=start).logits
+    mask = batch["attention_mask"]
+    for dictionary in (True, False):
+        encoded = encoder(**batch, return_dict=dictionary)
+        got = pool(encoder_outputs=encoded, attention_mask=mask, decoder_input_ids=start).logits
+        torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
+    with pytest.raises(WeightsError, match="encoder_outputs was given, but it carries no attention weights"):
+        pool(encoder_outputs=(encoded[0].clone(),), attention_mask=mask, decoder_input_ids=start)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mamba", "RWKV"])
+def test_a_cache_out_of_a_tuple(family: str) -> None:
+    pool = pool_of(family)
+    name, cache = filled(pool)
+    expected = pool(NEXT, **{name: cache}, use_cache=True).logits
+    found = pool(PROMPTS, use_cache=True, return_dict=False)[1]
+    assert torch.equal(pool(NEXT, **{name: found}, use_cache=True).logits, expected)
+
+
+def test_a_cache_that_was_pickled() -> None:
+    pool = pool_of("Llama")
+    cache = filled(pool)[1]
+    pool(NEXT, **{CACHE: cache})  # written to since
+    expected = pool(NEXT, **{CACHE: copy.deepcopy(cache)}).logits
+    found = pickle.loads(pickle.dumps(cache))
+    assert torch.equal(pool(NEXT, **{CACHE: copy.deepcopy(found)}).logits, expected)
+    found.layers[-1].keys[:] = found.layers[-1].keys[[2, 0, 1]]
+    with pytest.raises(WeightsError, match="changed in place"):
+        pool(NEXT, **{CACHE: found})
