@@ -15,15 +15,15 @@ import huggingface_hub
 import pytest
 import torch
 from click.testing import CliRunner
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner
 
 import peft_sapt
 from helpers.imports import files_of
 from helpers.paths import EXAMPLES, PACKAGE, ROOT, environment
 from helpers.private_names import of_others
-from helpers.tiny import CACHE, build_pool, labelled, padded, token_rows
-from peft_sapt import compat
+from helpers.tiny import CACHE, build_pool, labelled, padded, tiny_llama, token_rows
+from peft_sapt import SaptConfig, compat
 from peft_sapt.cli.main import main
 from peft_sapt.compat import DISPATCHER, FSDP1, PRIVATE, PUBLIC, RECOMPUTED, REFUSED
 from peft_sapt.errors import SaptError, VersionError, WeightsError
@@ -113,6 +113,14 @@ def test_a_peft_that_does_not_ask_is_noticed(way: str, tmp_path, monkeypatch) ->
         else:
             pool.load_adapter(tmp_path, "default")
     assert not (tmp_path / "pool" / "adapter_model.safetensors").exists()
+
+
+def test_another_adapters_weights_are_nobodys_manifest(tmp_path) -> None:
+    """A config beside them is written, as transformers does before it replaces the weights."""
+    get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    SaptConfig(tasks=["a"]).save_pretrained(tmp_path)
+    build_pool("llama", ["a", "b"]).save_pretrained(tmp_path)
+    assert peft_sapt.SaptConfig.from_pretrained(tmp_path).tasks == ["a", "b"]
 
 
 def test_names_of_microseconds_may_go() -> None:

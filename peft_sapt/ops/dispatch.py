@@ -50,7 +50,7 @@ def why_not_triton(device: str, index: int | None, dtype: torch.dtype) -> str | 
     if dtype not in DTYPES:
         return f"it computes in float32, float16 and bfloat16, not in {dtype}."
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (`pip install triton`; a CUDA build of torch brings it)."
+        return "Triton is not installed (a CUDA build of torch brings its own)."
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return why_not_this_triton()
     if device != "cuda":

@@ -20,7 +20,7 @@ from ..errors import ConfigFileError, PickleError, SaptError, SaveError, Version
 from ..hub.card import clean_card, write_card
 from ..hub.card_text import is_hub_like
 from ..storage.atomic import config_text, share, write_atomically
-from ..storage.manifest import manifest_of, other_fields
+from ..storage.manifest import manifest_of, names_in, other_fields
 
 MAX_CONFIG = 8 * 2**20  # bytes
 RUNTIME = ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version")  # of a load
@@ -242,8 +242,10 @@ def save_beside(config: SaptConfig, weights: Path) -> tuple[str | None, dict[str
         manifest = manifest_of(weights)
     except SaptError:  # damaged, of an older save: a load will say so
         return None, {}
-    if manifest is None:
+    if manifest is None and any(".sapt_" in name for name in names_in(weights)):
         raise VersionError(UNASKED.format(what=f"written {weights} without a pool's manifest", versions=installed()))
+    if manifest is None:  # another adapter's, which transformers is about to replace
+        return config.save_id, {}
     save_id, saved, free = manifest.get("save_id"), manifest.get("config"), (*FOLLOWED, *RUNTIME, "lora_dropout")
     if save_id is None or (save_id != config.saved_with and other_fields(manifest, described(config))):
         return None, {}

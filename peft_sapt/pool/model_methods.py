@@ -137,7 +137,7 @@ def load_with_options(model: PeftModel, model_id: Any, adapter_name: str, *rest:
 @contextmanager
 def was_asked_to_check(model: PeftModel, adapter: str) -> Iterator[None]:
     """Raises [`VersionError`] if a pool was loaded within and PEFT did not ask the tuner to check it."""
-    memory = memory_on(model.get_base_model())
+    memory, known = memory_on(model.get_base_model()), adapter in model.peft_config
     before = set() if memory is None else {adapter} & memory.loaded
     if memory is not None:
         memory.loaded -= before
@@ -149,6 +149,8 @@ def was_asked_to_check(model: PeftModel, adapter: str) -> Iterator[None]:
         raise
     memory = memory_on(model.get_base_model())
     if isinstance(model.peft_config.get(adapter), SaptConfig) and (memory is None or adapter not in memory.loaded):
+        if not known and len(model.peft_config) > 1:
+            model.delete_adapter(adapter)
         raise VersionError(UNASKED.format(what="loaded this pool without asking to check it", versions=installed()))
 
 

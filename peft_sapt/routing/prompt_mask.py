@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,7 +37,7 @@ def prompt_mask_of(
         )
     if mask is not None:
         mask = mask.bool()
-    elif ids is not None and generate_has_dropped_mask(inputs):
+    elif ids is not None and generate_has_dropped_mask(module, inputs):
         mask = torch.ones_like(ids, dtype=torch.bool)
     elif ids is not None:
         mask = inferred_mask(ids, getattr(settings, "pad_token_id", None), getattr(settings, "eos_token_id", None))
@@ -77,19 +78,19 @@ def inferred_mask(input_ids: Tensor, pad_token_id: int | None, eos_token_id: int
     return input_ids != pad_token_id
 
 
-def generate_has_dropped_mask(inputs: Mapping[str, Any]) -> bool:
-    """Whether a forward has no mask since ``generate`` has dropped it, as newer transformers do with one of all ones.
+def generate_has_dropped_mask(module: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """Whether a forward of ``module`` has no mask since ``generate`` dropped one of all ones (newer transformers do).
 
     There is one in the first place, inferred where a caller gave none. Such a forward asks for the last logits alone,
-    and its positions count up.
+    says whether to use a cache, and its positions, if the model takes any, count up.
     """
-    positions = inputs.get("position_ids")
-    if inputs.get("attention_mask") is not None or inputs.get("logits_to_keep") is None:
+    positions, kept = inputs.get("position_ids"), inputs.get("logits_to_keep")
+    if inputs.get("attention_mask") is not None or not isinstance(kept, int) or kept != 1:
         return False
-    if inputs.get("return_dict") is not True or not isinstance(inputs["logits_to_keep"], int):
+    if inputs.get("return_dict") is not True or inputs.get("use_cache") is None:
         return False
     if positions is None:
-        return True  # a model that takes none
+        return "position_ids" not in inspect.signature(module.forward).parameters
     return bool((positions == torch.arange(positions.shape[-1], device=positions.device)).all())
 
 

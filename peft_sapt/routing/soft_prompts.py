@@ -101,7 +101,8 @@ def prepend_prompt(
     positions alone; so does the decoder of an encoder-decoder, whose encoder outputs begin with them.
 
     Args:
-        generates: the forward is one of a ``generate`` under way, which has a mask, but may drop one of all ones.
+        generates: the forward is one of a ``generate`` under way, which has a mask for a decoder-only model, but may
+            drop one of all ones.
 
     Raises:
         PromptError: packed rows, or a mask of more than two dimensions.
@@ -136,7 +137,8 @@ def prepend_prompt(
     if embeddings is None:
         embeddings = module.get_input_embeddings()(ids)  # type: ignore[operator]  # [B, S, d]
     width = embeddings.shape[1]
-    if mask is None and ids is not None and not generates and not generate_has_dropped_mask(inputs):
+    masked_anyway = not encoder_decoder and (generates or generate_has_dropped_mask(module, inputs))
+    if mask is None and ids is not None and not masked_anyway:
         config: Any = getattr(module, "config", None)
         mask = inferred_mask(ids, getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)).long()
     elif mask is None:
@@ -150,8 +152,12 @@ def prepend_prompt(
     labels, kept = inputs.get("labels"), inputs.get("logits_to_keep")
     if labels is not None and labels.shape[1:2] == (width,):
         changed["labels"] = insert_before_first(labels.new_full((len(labels), length), IGNORED_LABEL), labels, mask)
-    if isinstance(kept, Tensor):
-        changed["logits_to_keep"] = kept + length
+    if isinstance(kept, Tensor) and kept.dtype == torch.bool:
+        changed["logits_to_keep"] = nn.functional.pad(kept, (length, 0))
+    elif isinstance(kept, Tensor):
+        changed["logits_to_keep"] = torch.where(kept < 0, kept, kept + length)
+    elif isinstance(kept, int) and kept > width:
+        changed["logits_to_keep"] = 0  # all of them
     return changed, Inserted(first_of(mask), length + width)
 
 
@@ -185,8 +191,9 @@ def positions(
     moved = given + length
     if width > given.shape[-1]:
         rows = moved.expand(*moved.shape[:-2], len(mask), -1).reshape(-1, len(mask), moved.shape[-1])  # [n, B, S]
-        front = torch.arange(length, device=moved.device).expand(len(mask), -1)
-        moved = torch.stack([insert_before_first(front, each, mask) for each in rows])
+        steps = torch.arange(-length, 0, device=moved.device)
+        starts = rows.gather(2, first_of(mask).view(1, -1, 1).expand(len(rows), -1, 1))  # [n, B, 1]
+        moved = torch.stack([insert_before_first(s + steps, each, mask) for s, each in zip(starts, rows, strict=True)])
         moved = moved.reshape(*given.shape[:-2], len(mask), width)
     return {"position_ids": moved}
 

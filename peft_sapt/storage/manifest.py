@@ -163,6 +163,12 @@ def read_manifest(tensor: Tensor) -> dict[str, Any]:
     return values
 
 
+def names_in(path: Path) -> list[str]:
+    """Names of the tensors in the weights file at ``path``."""
+    with opened(path) as file:
+        return list(file.keys())
+
+
 def manifest_of(path: Path) -> dict[str, Any] | None:
     """The manifest of the weights file at ``path``, read without its other tensors; None if the file has none.
 

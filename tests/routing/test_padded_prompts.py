@@ -86,12 +86,16 @@ def test_models_without_positions_keep_attended_pads_too() -> None:
     torch.testing.assert_close(found.logits[0], pool(**given).logits[:, -1], atol=1e-4, rtol=1e-4)
 
 
-def test_positions_that_are_given_go_with_their_tokens() -> None:
-    """Given ones, counted from each row's first token, are the same as none."""
+def tiny_gpt2(**settings):
     torch.manual_seed(0)
     base = tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=100, n_embd=32, n_layer=2, n_head=2, pad_token_id=PAD)).eval()
-    settings = {"tasks": ["a", "b"], "init_weights": False, **SOFT}
-    pool, batch = get_peft_model(base, SaptConfig(task_type="CAUSAL_LM", **settings)).eval(), padded(ROWS)
+    settings = {"tasks": ["a", "b"], "init_weights": False, **SOFT, **settings}
+    return get_peft_model(base, SaptConfig(task_type="CAUSAL_LM", **settings)).eval()
+
+
+def test_positions_that_are_given_go_with_their_tokens() -> None:
+    """Given ones, counted from each row's first token, are the same as none."""
+    pool, batch = tiny_gpt2(), padded(ROWS)
     positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
     attended = batch["attention_mask"].bool()
     expected = pool(**batch).logits[attended]
@@ -99,6 +103,54 @@ def test_positions_that_are_given_go_with_their_tokens() -> None:
     one = {name: value[1:2] for name, value in batch.items()}  # unpadded: positions of one row serve all
     shared = pool(**one, position_ids=torch.arange(one["input_ids"].shape[1]).unsqueeze(0)).logits
     torch.testing.assert_close(shared, pool(**one).logits)
+
+
+def test_positions_that_count_the_padding_move_virtual_tokens_too() -> None:
+    """Where only distances count, a row is what it is alone."""
+    pool, batch = build_pool("llama", ["a", "b", "c"], **SOFT).eval(), padded(ROWS)
+    attended, every = batch["attention_mask"].bool(), torch.arange(batch["input_ids"].shape[1]).unsqueeze(0)
+    found = pool(**batch, position_ids=every).logits[attended]
+    torch.testing.assert_close(found, pool(**batch).logits[attended], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("block", ["lora", "prompt"])
+@pytest.mark.parametrize("family", ["Llama", "Mamba"])
+def test_a_forward_for_the_last_logits_without_a_mask_still_finds_padding(family: str, block: str) -> None:
+    """It looks almost like one of `generate`, which has dropped its mask, but is none."""
+    pool = pool_of(family, **(SOFT if block == "prompt" else {}))
+    ids = padded(ROWS)["input_ids"]
+    expected = pool(ids).logits[:, -1]
+    for more in ({"return_dict": True}, {"return_dict": True, "position_ids": None}, {"use_cache": True}):
+        found = pool(input_ids=ids, logits_to_keep=1, **more).logits[:, -1]
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_logits_of_some_tokens() -> None:
+    """By negative number, by a mask of positions, and more of them than the caller's."""
+    pool, rows = build_pool("llama", ["a", "b", "c"], **SOFT).eval(), torch.tensor(token_rows([8, 8]))
+    whole = pool(rows).logits
+    picked = torch.tensor([False, True, False, False, True, False, False, True])
+    for kept, expected in (
+        (torch.tensor([-1, -3]), whole[:, [-1, -3]]),
+        (picked, whole[:, picked]),
+        (torch.tensor([0, 7]), whole[:, [0, 7]]),
+        (9, whole),
+        (11, whole),
+        (2, whole[:, -2:]),
+    ):
+        torch.testing.assert_close(pool(rows, logits_to_keep=kept).logits, expected)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_an_encoder_is_masked_in_a_generation_without_a_mask(side: str) -> None:
+    """Where `generate` makes none: the encoder's states of a padded row are those of the row alone."""
+    pool, batch = build_pool("t5", ["a", "b", "c"], **SOFT).eval(), padded(ROWS, side)
+    how = {"max_new_tokens": 1, "output_hidden_states": True, "return_dict_in_generate": True}
+    states = pool.generate(input_ids=batch["input_ids"], **how).encoder_hidden_states[-1]
+    for i, row in enumerate(ROWS):
+        alone = pool.generate(input_ids=torch.tensor([row]), **how).encoder_hidden_states[-1][0]
+        found = states[i, -len(alone) :] if side == "left" else states[i, : len(alone)]
+        torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("use_cache", [False, True])
