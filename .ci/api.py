@@ -16,6 +16,7 @@ from peft_sapt.continual.frozen_prefix import KnownRow
 from peft_sapt.ops.devtools.compile_check import Compiled, Variant
 from peft_sapt.ops.devtools.timings import Timing
 from peft_sapt.routing.prompts import Prompts
+from peft_sapt.routing.soft_prompts import Inserted
 
 INTERNAL = (
     "peft_sapt.cli.",
@@ -39,6 +40,7 @@ def build(folder: Path) -> list[str]:
         setattr(peft_sapt.config, name, getattr(peft, name))
     for cls in (
         Compiled,
+        Inserted,
         KnownRow,
         Prompts,
         Timing,
