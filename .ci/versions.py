@@ -15,27 +15,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from peft_sapt.continual.provenance import installed
 
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "tests" / "campaigns" / "versions.json"
 GUIDE = ROOT / "peft_sapt" / "SUPPORT.md"
 LIBRARIES = ("torch", "transformers", "peft", "huggingface_hub", "datasets", "accelerate", "safetensors", "triton")
-SHOWN = ("python", "torch", "transformers", "peft", "huggingface_hub", "datasets", "accelerate", "triton")
+SHOWN = ("python", *(name for name in LIBRARIES if name != "safetensors"))
 OUTCOMES = ("passed", "failed", "skipped", "xfailed", "error")
 Row = dict[str, Any]
-
-
-def installed() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
 
 
 def run(arguments: list[str]) -> Row:
@@ -74,7 +65,8 @@ def with_table(text: str, rows: Iterable[Row]) -> str:
 
 
 if __name__ == "__main__":
-    row = {"versions": installed(), **run(sys.argv[1:])}
+    versions = {"python": platform.python_version(), **{name: installed(name) for name in LIBRARIES}}
+    row = {"versions": versions, **run(sys.argv[1:])}
     rows = json.loads(FILE.read_text(encoding="utf-8")) if FILE.is_file() else []
     rows = [other for other in rows if other["versions"] != row["versions"]] + [row]
     rows.sort(key=lambda one: [one["versions"][name] or "" for name in ("python", "torch", "transformers")])

@@ -195,8 +195,7 @@ def test_numbers_of_a_version() -> None:
 def test_lowest_versions_are_those_of_the_installation() -> None:
     required = requirements()["install_requires"]
     for module, (lowest, highest) in compat.TESTED.items():
-        name = {"huggingface_hub": "huggingface_hub"}.get(module.__name__, module.__name__)
-        assert required[name] == ">=" + ".".join(map(str, lowest)) and highest[:2] >= lowest[:2]
+        assert required[module.__name__] == ">=" + ".".join(map(str, lowest)) and highest[:2] >= lowest[:2]
     guide = (PACKAGE / "SUPPORT.md").read_text(encoding="utf-8")
     assert compat.tested() in guide
 
@@ -231,16 +230,9 @@ def requirements() -> dict[str, dict[str, str]]:
 
 
 def imported(path, at_import: bool) -> set[str]:
-    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-    if at_import:
-        nodes = ast.iter_child_nodes(ast.parse(path.read_text(encoding="utf-8")))
-    names = set()
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            names.add((node.module or "").split(".")[0])
-    return {IMPORTED_AS.get(n, n) for n in names - set(sys.stdlib_module_names) - {"__future__", "peft_sapt"}} - {None}
+    """Names of the packages that a file needs, by which they are installed."""
+    names = all_of(path, at_import) - set(sys.stdlib_module_names) - {"__future__", "peft_sapt"}
+    return {IMPORTED_AS.get(name, name) for name in names} - {None}
 
 
 def test_what_is_imported_is_declared() -> None:
@@ -256,11 +248,10 @@ def test_what_is_imported_is_declared() -> None:
     assert not {"httpx", "httpx2", "fcntl", "resource", "requests"} & {n for p in files_of(PACKAGE) for n in all_of(p)}
 
 
-def all_of(path) -> set[str]:
-    """Modules that a file names in an import, Python's own too."""
-    tree = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-    found = set()
-    for node in tree:
+def all_of(path, at_import: bool = False) -> set[str]:
+    """Modules that a file names in an import, Python's own too; of those inside functions not if ``at_import``."""
+    tree, found = ast.parse(path.read_text(encoding="utf-8")), set()
+    for node in ast.iter_child_nodes(tree) if at_import else ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:

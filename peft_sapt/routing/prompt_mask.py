@@ -37,11 +37,11 @@ def prompt_mask_of(
         )
     if mask is not None:
         mask = mask.bool()
-    elif ids is not None and generate_has_dropped_mask(module, inputs):
-        mask = torch.ones_like(ids, dtype=torch.bool)
     elif ids is not None:
-        mask = inferred_mask(ids, getattr(settings, "pad_token_id", None), getattr(settings, "eos_token_id", None))
-        token = padding_token(ids, {0} | special_ids(settings)) if bool(mask.all()) and segments is None else None
+        dropped = generate_has_dropped_mask(module, inputs)
+        mask = mask_in_place_of_none(module, ids, dropped)
+        looks = not dropped and bool(mask.all()) and segments is None
+        token = padding_token(ids, {0} | special_ids(settings)) if looks else None
         if token is not None:
             warn_once(module, PADDED.format(token=token))
     else:
@@ -76,6 +76,14 @@ def inferred_mask(input_ids: Tensor, pad_token_id: int | None, eos_token_id: int
     if pad_token_id is None or pad_token_id in eos:
         return torch.ones_like(input_ids, dtype=torch.bool)
     return input_ids != pad_token_id
+
+
+def mask_in_place_of_none(module: nn.Module, ids: Tensor, dropped: bool) -> Tensor:
+    """The mask [B, S], bool, of a forward of ``module`` that was given none: of all ones if one was ``dropped``."""
+    if dropped:
+        return torch.ones_like(ids, dtype=torch.bool)
+    settings = getattr(module, "config", None)
+    return inferred_mask(ids, getattr(settings, "pad_token_id", None), getattr(settings, "eos_token_id", None))
 
 
 def generate_has_dropped_mask(module: nn.Module, inputs: Mapping[str, Any]) -> bool:

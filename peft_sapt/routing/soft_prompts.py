@@ -23,7 +23,7 @@ from ..pool_module import FreePoolModule, Linears, linear_from, unshard
 from .caches import cache_among, is_filled, virtual_tokens
 from .notices import IGNORED_LABEL
 from .packing import segments_of
-from .prompt_mask import generate_has_dropped_mask, inferred_mask
+from .prompt_mask import generate_has_dropped_mask, mask_in_place_of_none
 
 
 class Inserted(NamedTuple):
@@ -115,7 +115,7 @@ def prepend_prompt(
     encoded = inputs.get("encoder_outputs")
     if encoder_decoder and encoded is not None:
         if mask is not None and encoded[0].shape[1] == mask.shape[1] + length:
-            changed["attention_mask"] = insert_before_first(mask.new_ones(len(mask), length), mask, mask)
+            changed["attention_mask"] = longer_mask(mask, length)
         return changed, None
     ids, (name, cache) = inputs.get("input_ids"), cache_among(inputs)
     takes = inspect.signature(module.forward).parameters
@@ -126,7 +126,7 @@ def prepend_prompt(
             )
         width = (ids if ids is not None else inputs["inputs_embeds"]).shape[1]
         if mask is not None:
-            changed["attention_mask"] = insert_before_first(mask.new_ones(len(mask), length), mask, mask)
+            changed["attention_mask"] = longer_mask(mask, length)
             changed.update(positions(takes, inputs, mask, changed["attention_mask"], length, width))
         elif inputs.get("position_ids") is not None:
             changed["position_ids"] = inputs["position_ids"] + length
@@ -137,15 +137,14 @@ def prepend_prompt(
     if embeddings is None:
         embeddings = module.get_input_embeddings()(ids)  # type: ignore[operator]  # [B, S, d]
     width = embeddings.shape[1]
-    masked_anyway = not encoder_decoder and (generates or generate_has_dropped_mask(module, inputs))
-    if mask is None and ids is not None and not masked_anyway:
-        config: Any = getattr(module, "config", None)
-        mask = inferred_mask(ids, getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)).long()
+    if mask is None and ids is not None:
+        dropped = not encoder_decoder and (generates or generate_has_dropped_mask(module, inputs))
+        mask = mask_in_place_of_none(module, ids, dropped).long()
     elif mask is None:
         mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
     changed.pop("input_ids", None)
     changed["inputs_embeds"] = insert_before_first(mixed().to(embeddings), embeddings, mask)  # [B, P + S, d]
-    changed["attention_mask"] = insert_before_first(mask.new_ones(len(mask), length), mask, mask)
+    changed["attention_mask"] = longer_mask(mask, length)
     if encoder_decoder:
         return changed, None
     changed.update(positions(takes, inputs, mask, changed["attention_mask"], length, length + width))
@@ -164,6 +163,11 @@ def prepend_prompt(
 def first_of(mask: Tensor) -> Tensor:
     """The first position that ``mask`` [B, S] has in each row: [B]."""
     return mask.bool().int().argmax(dim=1)
+
+
+def longer_mask(mask: Tensor, length: int) -> Tensor:
+    """``mask`` [B, S] with ``length`` virtual tokens: [B, P + S]."""
+    return insert_before_first(mask.new_ones(len(mask), length), mask, mask)
 
 
 def insert_before_first(front: Tensor, tensor: Tensor, mask: Tensor) -> Tensor:
