@@ -37,6 +37,7 @@ FOLLOWED = (
     "revision",
     "base_model_name_or_path",
 )
+FEATURES = ("max", "mean", "both", "hidden")
 FILLED_IN: Any = None  # default of fields that have a value for each task, once the config is made
 
 
@@ -109,14 +110,37 @@ class SaptConfig(PeftConfig):
         },
     )
     ridge: float = field(
-        default=0.1, metadata={"help": "router='ridge': regulariser, as a share of the features' mean variance."}
+        default=0.03, metadata={"help": "router='ridge': regulariser, as a share of the features' mean variance."}
     )
-    fallback: float | None = field(
+    fallback: str | float | None = field(
+        default="auto",
+        metadata={
+            "help": "Which prompts the base model answers by itself. 'auto': those that no task claims, by limits "
+            "that its own prompts and everyday ones have set (ArmCallback shows both to the pool). A number: those "
+            "whose best score (about 1 for a task's own prompts, 0 for others) is below it. None: no prompt."
+        },
+    )
+    statistics_rank: int = field(
+        default=32,
+        metadata={
+            "help": "Directions kept of the covariance of each task's prompts, for replay='statistics' and "
+            "fallback='auto'; 0 keeps no statistics at all."
+        },
+    )
+    features: str | None = field(
         default=None,
         metadata={
-            "help": "router='ridge': a prompt whose best score (about 1 for a task's own prompts, 0 for others) is "
-            "below this one is answered by the base model; off by default."
+            "help": "What tells prompts apart: 'hidden' (mean hidden state above features_layer layers of the frozen "
+            "base: other wordings find their block), 'both' (mean and max of token embeddings), 'mean', or 'max' (the "
+            "paper's). By default 'hidden', or 'both' where the base model does not tell its layers."
         },
+    )
+    features_layer: int | None = field(
+        default=None,
+        metadata={"help": "features='hidden': layers that run for each prompt; three tenths of them by default."},
+    )
+    feature_dim: int | None = field(
+        default=None, metadata={"help": "Width of the vector that tells a prompt; found from the base model."}
     )
     query_dim: int = field(default=100, metadata={"help": "Width of the bottleneck of the query projection."})
     query_activation: str = field(
@@ -127,7 +151,7 @@ class SaptConfig(PeftConfig):
         },
     )
     temperature: float = field(
-        default=1.0, metadata={"help": "Scores are divided by temperature * sqrt(token_dim) before the softmax."}
+        default=1.0, metadata={"help": "Scores are divided by temperature * sqrt(feature_dim) before the softmax."}
     )
     old_block_gradient: bool = field(
         default=True,
@@ -182,6 +206,13 @@ class SaptConfig(PeftConfig):
     replay_rows: list[int] = field(
         default=FILLED_IN, metadata={"help": "Number of replay rows kept in the pool for each task."}
     )
+    background_rows: list[int] = field(
+        default=FILLED_IN,
+        metadata={"help": "Number of prompts of no task that the pool keeps features of, by the form they come in."},
+    )
+    background_forms: list[list[list[int]]] = field(
+        default=FILLED_IN, metadata={"help": "Token ids before and after these prompts, for each such form."}
+    )
     records: dict[str, dict[str, Any]] = field(
         default=FILLED_IN, metadata={"help": "What the model card says of each task; see `record_task`."}
     )
@@ -220,7 +251,10 @@ class SaptConfig(PeftConfig):
             ("num_virtual_tokens", is_int(self.num_virtual_tokens) and self.num_virtual_tokens > 0, "a positive int"),
             ("router", isinstance(self.router, str) and self.router in ROUTERS, " or ".join(map(repr, ROUTERS))),
             ("ridge", is_positive(self.ridge), "a positive number"),
-            ("fallback", self.fallback is None or is_number(self.fallback), "a number or None"),
+            ("fallback", self.fallback in (None, "auto") or is_number(self.fallback), "'auto', a number or None"),
+            ("statistics_rank", is_int(self.statistics_rank) and self.statistics_rank >= 0, "an int, 0 or more"),
+            ("features", self.features in (None, *FEATURES), " or ".join(map(repr, FEATURES)) + " or None"),
+            ("features_layer", self.features_layer is None or is_int(self.features_layer), "an int or None"),
             ("query_dim", is_int(self.query_dim) and self.query_dim > 0, "a positive int"),
             ("query_activation", self.query_activation in ("after", "between"), "'after' or 'between'"),
             ("answer_header", is_token_list(self.answer_header), "a non-empty list of token ids or None"),
@@ -263,6 +297,10 @@ class SaptConfig(PeftConfig):
         self.task_ranks = [self.r] * count if self.task_ranks is None else list(self.task_ranks)
         self.task_alphas = [self.lora_alpha] * count if self.task_alphas is None else list(self.task_alphas)
         self.replay_rows = [0] * count if self.replay_rows is None else list(self.replay_rows)
+        self.background_forms = [] if self.background_forms is None else list(self.background_forms)
+        self.background_rows = [] if self.background_rows is None else list(self.background_rows)
+        if not all(is_int(rows) and rows > 0 for rows in self.background_rows):
+            raise SaptError(f"SaptConfig.background_rows must hold positive ints, got {self.background_rows!r}.")
         self.records = checked_records(self.records, self.tasks)
         self.saved_with: str | None = None  # no field: which save the weights of its pool were last written for
         self.derived_from = self.r, self.lora_alpha, self.task_name  # no field: what ranks, alphas and tasks came from

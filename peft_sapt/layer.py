@@ -139,6 +139,8 @@ class Linear(nn.Module, SaptLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # x [B, S, in] -> [B, S, out]
         base = self.base_layer(x, *args, **kwargs)
+        if self.forward_state.blocks_are_off:
+            return base
         mixture = self.held_mixture()
         session = self.forward_state.session
         if mixture is not None and session is not None:

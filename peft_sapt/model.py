@@ -6,7 +6,7 @@ What the calls on a pool do stands in ``pool/``, how a prompt finds its blocks i
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,11 +53,9 @@ class SaptModel(BaseTuner):
     tuner_layer_cls = PoolModule
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]  # PEFT's type is narrower than its use
 
-    # --- the pool -------------------------------------------------------------------------------------------------
-
     @property
     def pool(self) -> Pool:
-        """The active pool, as a view of it; raises [`TaskError`] if several adapters are active, or none."""
+        """The active pool, as a view; raises [`TaskError`] if several adapters are active, or none."""
         active, hooks = self.active_adapters, self.hooks
         if len(active) != 1:
             raise TaskError(f"{len(active)} adapters are active: choose one pool with set_adapter(name).")
@@ -120,25 +118,35 @@ class SaptModel(BaseTuner):
         """
         lifecycle.add_task(self.pool, name, r, lora_alpha)
 
-    def remove_task(self, name: str) -> None:
-        """Take a task's block, key, target and replay rows out of the pool; the others' blocks keep their bytes.
+    def remove_task(self, name: str, forget: bool = False) -> None:
+        """Take a task out of the pool; the others' blocks keep their bytes. Its prompts are strangers from then on,
+        unless with ``forget`` nothing of it is kept to tell.
 
-        Raises:
-            TaskError: unknown name, or the only task of the pool (delete the adapter instead).
+        Raises [`TaskError`] for an unknown name, or the only task of the pool (delete the adapter instead).
         """
-        lifecycle.remove_task(self.pool, name)
+        lifecycle.remove_task(self.pool, name, forget)
 
     def fit_router(self, inputs: Batches) -> None:
-        """Show the current task's training prompts to a router that is solved from them; ``ArmCallback`` calls this.
-
-        Args:
-            inputs: batches (dicts with ``input_ids``, ...) or pooled prompts [N, d], before the task is trained.
+        """Show the current task's training prompts, as batches or pooled ones [N, d], to a router that is solved from
+        them, before the task is trained; ``ArmCallback`` calls this.
 
         Raises:
             TaskError: the pool's router is fitted in training, or it has seen this task.
             PromptError: there are no rows, or some without prompt tokens. Nothing is changed then.
         """
         lifecycle.fit_router(self.pool, inputs)
+
+    def fit_background(self, forms: Sequence[Batches]) -> None:
+        """Show the pool prompts of no task, in place of those it knows: their like it leaves to the base model.
+        ``ArmCallback`` shows it everyday ones.
+
+        Args:
+            forms: for each form in which such prompts come, batches of two or more, or pooled prompts [n, d].
+
+        Raises:
+            PromptError: too few prompts, or some without tokens. TaskError: ``statistics_rank=0`` keeps no statistics.
+        """
+        lifecycle.fit_background(self.pool, forms)
 
     def commit_task(self, inputs: Batches | None = None, replay: Batches | None = None) -> None:
         """Freeze the current task and store its attention target (SAPT, section 3.3); ``ArmCallback`` calls this.
@@ -211,8 +219,6 @@ class SaptModel(BaseTuner):
         [`WeightsError`] for one that is not [N, token_dim]."""
         return self.pool.pooled_prompts(batches)
 
-    # --- exchange with plain adapters -----------------------------------------------------------------------------
-
     def export_task(self, name: str, folder: str | os.PathLike) -> None:
         """Write one task's block as a plain LoRA adapter, which needs PEFT alone (or a LoRA server) to run.
 
@@ -239,20 +245,21 @@ class SaptModel(BaseTuner):
         """
         exchange.export_mixture(self.pool, weights, folder)
 
-    def import_task(self, name: str, folder: str | os.PathLike) -> None:
+    def import_task(self, name: str, folder: str | os.PathLike, inputs: Batches | None = None) -> None:
         """Take a plain LoRA adapter, of any rank and alpha, into the pool as its newest task or the current open one.
 
         The block stays trainable, and its key still has to be learned: train it further, or call ``arm.prepare(model,
         batches)`` and ``arm.reflect(model)`` with prompts of the task; with ``router="ridge"``
         ``commit_task(inputs=batches)`` is enough. Modules that the adapter leaves alone get a block that does nothing.
 
+        Args:
+            inputs: prompts of the task, as batches or pooled ones [n, d], which tell strangers from it.
+
         Raises:
             LoraFolderError: the folder is no plain LoRA, or adapts modules that the pool does not. Nothing is changed.
             PromptFolderError: it is no soft prompt of the pool's length. TaskError: the name belongs to an older task.
         """
-        exchange.import_task(self.pool, name, folder)
-
-    # --- building -------------------------------------------------------------------------------------------------
+        exchange.import_task(self.pool, name, folder, inputs)
 
     def inject_adapter(
         self,
@@ -269,7 +276,7 @@ class SaptModel(BaseTuner):
         ):
             raise SaptError(POOL_IN_POOL)
         embedding, given = embedding_weight(model), self.peft_config[adapter_name]
-        config = self._own_config = prepare_given(given, embedding)
+        config = self._own_config = prepare_given(given, embedding, model)
         memory = memory_on(model)
         self._state: ForwardState = ForwardState() if memory is None else memory.hooks.state
         with put_aside(model):
@@ -314,8 +321,6 @@ class SaptModel(BaseTuner):
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
-    # --- running --------------------------------------------------------------------------------------------------
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
 
@@ -346,8 +351,6 @@ class SaptModel(BaseTuner):
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Refused (raises [`SaptError`]): continuous batching flattens requests into one row."""
         raise SaptError(NO_BATCH)
-
-    # --- PEFT's switches and state dicts --------------------------------------------------------------------------
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         if not isinstance(adapter_name, str) and len(adapter_name) > 1:

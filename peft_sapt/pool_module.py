@@ -230,7 +230,7 @@ class FreePoolModule(nn.Module, PoolModule):
     @property
     def in_features(self) -> int:
         """Width of a pooled prompt, which PEFT's tools ask every tuner layer for."""
-        return max((config.token_dim or 0 for config in self.configs.values()), default=0)
+        return max((config.feature_dim or 0 for config in self.configs.values()), default=0)
 
     @property
     def out_features(self) -> int:

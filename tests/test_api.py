@@ -24,7 +24,7 @@ WHOLE = [".continual.metrics", ".errors", ".ops.reference"]  # every function an
 SHAPE = re.compile(r"\[([A-Za-z]|\.\.\.)[\w .,+*|-]*\](?![\w(])|\bT x T\b|\bscalar\b")
 SOURCE = re.compile(r"SAPT, |the paper|paper's|arXiv|identity of ridge|regression")
 FORMULAS = [  # and where each is computed
-    "routing.router.max_pool", "routing.attention.query_of", "routing.attention.AttentionRouter.log_weights_of",
+    "routing.features.max_pool", "routing.attention.query_of", "routing.attention.AttentionRouter.log_weights_of",
     "routing.ridge.solve", "routing.ridge.left_out_scores", "ops.reference.weighted_lora",
     "arm.objective.attention_loss", "arm.objective.replay_divergence", "continual.metrics.average_performance",
     "continual.metrics.forgetting_rate", "continual.metrics.backward_transfer", "continual.metrics.forward_transfer",

@@ -231,7 +231,7 @@ def test_end_tokens_inside_prompts() -> None:
 def test_copies_are_recognised_behind_a_closing_end_token(monkeypatch) -> None:
     """T5's tokenizer ends every prompt with </s>; a drawn row never does."""
     model = fresh_pool()
-    arm = ArmCallback(tokenizer(), min_pseudo_samples=1)
+    arm = ArmCallback(tokenizer(), replay="generated", min_pseudo_samples=1)
     arm.prepare(model, [collate([{"input_ids": [10, 11, 2, 70], "labels": [-100, -100, -100, 70]}] * 4)])
 
     def draw(model, selection, *arguments) -> None:

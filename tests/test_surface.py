@@ -20,7 +20,17 @@ from transformers import (
     Trainer,
 )
 
-from helpers.tiny import CACHE, PAD, assert_real_pool, build_pool, padded, tiny_llama, tiny_t5, token_rows
+from helpers.tiny import (
+    CACHE,
+    PAD,
+    assert_real_pool,
+    build_pool,
+    padded,
+    tiny_llama,
+    tiny_t5,
+    token_rows,
+    watch_weights,
+)
 from helpers.training import arguments
 from helpers.upstream import transformers_adapters
 from helpers.words import collate, rows_of, tokenizer
@@ -149,7 +159,7 @@ def test_injection_without_a_wrapper() -> None:
     plain = logits(base)
     model = inject_adapter_in_model(SaptConfig(tasks=TASKS, init_weights=False), base)
     assert model is base and not torch.allclose(logits(model), plain, atol=1e-3)
-    assert get_model_status(model).num_adapter_layers == 4 + 2  # the router and the memory
+    assert get_model_status(model).num_adapter_layers == 4 + 3  # router, memory and statistics
     wrapped = get_peft_model(tiny_llama(), SaptConfig(task_type="CAUSAL_LM", tasks=TASKS))
     assert get_model_status(wrapped).peft_types == {"default": "SAPT"}
 
@@ -161,7 +171,7 @@ def test_without_a_task_type_generation_holds_the_weights_of_the_prompt() -> Non
     settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
     seen = []
     layer = next(m for m in model.modules() if hasattr(m, "sapt_A"))
-    layer.register_forward_pre_hook(lambda m, args: seen.append(m.forward_state.weights.clone()))
+    watch_weights([layer], seen)
     cached = model.generate(**padded(ROWS), **settings)
     assert torch.equal(cached, model.generate(**padded(ROWS), **settings, use_cache=False))
     assert len(seen) == 10 and all(torch.allclose(weights, held, atol=1e-6) for weights in seen)
@@ -172,8 +182,8 @@ def test_encoders_take_stored_rows() -> None:
 
     model = pool_of("BERT, sequence", tasks=["a"], task_ranks=[2])
     batches = [{**batch_of("BERT, sequence"), "labels": torch.zeros(4).long()}]
-    arm = ArmCallback(tokenizer())
-    with pytest.raises(ReflectionError, match="replay='rows'"):
+    arm = ArmCallback(tokenizer(), replay="generated")
+    with pytest.raises(ReflectionError, match="replay='statistics'"):
         arm.prepare(model, batches)
     arm = ArmCallback(tokenizer(), replay="rows")
     arm.prepare(model, batches)
@@ -341,7 +351,7 @@ def test_untyped_generation_holds_the_weights_whatever_its_arguments() -> None:
     base.generation_config.max_new_tokens = 4
     held, seen = model.attention_weights(**padded(ROWS)), []
     layer = next(m for m in model.modules() if hasattr(m, "sapt_A"))
-    layer.register_forward_pre_hook(lambda m, args: seen.append(m.forward_state.weights.clone()))
+    watch_weights([layer], seen)
     model.generate(**padded(ROWS), use_cache=False, num_return_sequences=1)
     assert len(seen) > 1 and all(torch.allclose(weights, held, atol=1e-6) for weights in seen)
     labels = torch.full_like(padded(ROWS)["input_ids"], -100)

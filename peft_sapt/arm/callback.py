@@ -38,12 +38,14 @@ UNREFLECTED = (
 class ArmCallback(Reflection, TrainerCallback):
     """The attentive reflection module (SAPT, section 3.3), for the stock ``Trainer`` and ``Seq2SeqTrainer``.
 
-    - ``on_train_begin``: pools the task's training prompts; in a pool of two tasks or more, fits the attention to the
-      replay rows of old tasks and the new task's prompts, so that its block has weight from the start.
+    - ``on_train_begin``: pools the task's training prompts; shows the pool everyday prompts, which belong to no task,
+      and keeps statistics of the task's own, see ``SaptConfig.fallback``; in a pool of two tasks or more, fits the
+      attention to replay of old tasks and to the new task's prompts, so that its block has weight from the start.
     - ``on_step_begin``: once per optimizer step, adds the gradient of [`attention_loss`]: KL to the stored targets on
       replay rows, balanced by a floor under the new task's own weight.
     - ``on_train_end``: fits the attention once more, so that old tasks have theirs back and the new one keeps what it
-      ended with; fits the generator, draws pseudo-samples, and commits the task with its attention target.
+      ended with; with ``replay="generated"`` fits the generator and draws pseudo-samples; commits the task with its
+      attention target.
       Of a model sharded by FSDP2, this part is left to one process afterwards, and a warning says so.
     - With ``router="ridge"`` it shows the prompts to the router before training and commits the task at the end; there
       is nothing to replay, so no generator runs.
@@ -53,7 +55,8 @@ class ArmCallback(Reflection, TrainerCallback):
 
     Args:
         tokenizer: of the base model; it needs an end token and a pad token.
-        replay: what stands for a task later: "generated" pseudo-samples (the paper) or its own real "rows".
+        replay: what stands for a task later: "statistics" of its prompts, of which fresh ones are drawn in every step;
+            "generated" pseudo-samples (the paper); or some of its own real "rows".
         pseudo_share, min_pseudo_samples: replay rows per task: 2 % of its training rows (the paper), at least 20.
         kl_weight: weight of the replay term, averaged over old tasks (lambda in the paper).
         floor_weight, new_task_floor: weight of the floor term, and the new task's weight above which it is silent.
@@ -65,6 +68,8 @@ class ArmCallback(Reflection, TrainerCallback):
         seed: of alignment and generator; the Trainer's seed by default.
         generator_folder: keep each task's generator in a folder of its name there, as a plain LoRA adapter, so that
             ``redraw(model, task)`` can draw from it again without data.
+        templates: how a task's prompts may also be written, in which the pool is to know them: texts with ``{}`` for
+            the prompt, or "chat", the tokenizer's chat template, if it has one.
         warm_start: start each new block at the mixture of the older ones, see ``SaptModel.warm_start``.
 
     Attributes (of the pool that it worked on last; one callback may serve several):

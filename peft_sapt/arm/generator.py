@@ -75,6 +75,7 @@ def generator_adapter(model: Any, settings: GeneratorSettings) -> Iterator[None]
         layers_to_transform=own.layers_to_transform,
         layers_pattern=own.layers_pattern,
         query_dim=1,
+        features="mean",  # its only block has all the attention: nothing need be told apart
     )
     model.add_adapter(ADAPTER, config)
     try:

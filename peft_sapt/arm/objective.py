@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ..pool.view import Pool
 
+DRAWN_ROWS, LEAST_DRAWN = 512, 16  # in a step of all old tasks of which no row is stored; of each at least
+
 
 def replay_divergence(log_weights: Tensor, target: Tensor) -> Tensor:
     """KL(target || attention), mean over rows (SAPT, Eq. 7).
@@ -39,6 +41,7 @@ def attention_loss(
     floor_weight: float = 1.0,
     new_task_floor: float = 0.9,
     own_target: Tensor | None = None,
+    seed: int = 0,
 ) -> Tensor:
     """``kl_weight * mean_i KL_i + floor_weight * shortfall`` for a pool of at least two tasks; a scalar.
 
@@ -47,12 +50,22 @@ def attention_loss(
     The replay terms are averaged over the old tasks, so one weight means the same at any length of the stream; the
     loss belongs to an optimizer step, not to a micro-batch, so it means the same under any gradient accumulation.
 
+    An old task without replay rows is replayed by fresh draws from its statistics; as many from the current task's own
+    then join its prompts.
+
     Args:
         current: pooled prompts of the task under training, [n, d].
         own_target: attention that the current task is to keep, [T]; its KL then takes the place of the shortfall.
+        seed: of the draws.
     """
     replay = pool.memory.replay(pool.adapter)[:-1]
     targets = pool.memory.targets(pool.adapter)[:-1]  # [T - 1, T]
+    each = max(LEAST_DRAWN, DRAWN_ROWS // max(1, sum(not len(rows) for rows in replay)))
+    wanted = [0 if len(rows) else each for rows in replay]
+    if any(wanted):
+        drawn = pool.statistics.draw(pool.adapter, [*wanted, len(current)], torch.Generator().manual_seed(seed))
+        replay = [rows if len(rows) else fresh for rows, fresh in zip(replay, drawn, strict=False)]
+        current = torch.cat([current.to(targets), drawn[-1]])
     pooled = torch.cat([*replay, current.to(targets)])
     *old, new = pool.router.log_weights(pool.adapter, pooled).split([*(len(r) for r in replay), len(current)])
     terms = [replay_divergence(lw, target) for lw, target in zip(old, targets, strict=True) if len(lw)]
@@ -100,6 +113,7 @@ def align_attention(
             floor_weight=floor_weight,
             new_task_floor=new_task_floor,
             own_target=own_target,
+            seed=seed + step,
         )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..pool_module import sharding_of
 from ..storage.atomic import write_atomically
 from ..storage.replay_rows import note_rows, stored_replay
 from .checks import can_generate, isolated_rng, pool_of
+from .everyday import pooled_rows, renderings_of, show_everyday_prompts
 from .generator import GeneratorSettings
 from .guard import Guard
 from .objective import align_attention, attention_loss
@@ -27,6 +28,8 @@ from .processes import broadcast_from_rank0
 from .pseudo import MIN_PSEUDO_SAMPLES, wanted_count
 from .replay import draw_pseudo_samples, redraw_pseudo_samples
 
+MAX_RENDERED = 512  # prompts that are rendered once more
+REPLAY = {"statistics": "statistics", "rows": "real rows", "generated": "pseudo-samples"}  # and what a card calls them
 UNCOMMITTED = (
     "The task is trained but not committed: call arm.reflect(model) after changing arm.generator (epochs, "
     "temperature), arm.allow_copies or arm.replay = 'rows'."
@@ -41,7 +44,7 @@ class Reflection:
         self,
         tokenizer: Any,
         *,
-        replay: str = "generated",
+        replay: str = "statistics",
         pseudo_share: float = 0.02,
         min_pseudo_samples: int = MIN_PSEUDO_SAMPLES,
         kl_weight: float = 1.0,
@@ -56,14 +59,15 @@ class Reflection:
         seed: int | None = None,
         warm_start: bool = False,
         generator_folder: str | os.PathLike | None = None,
+        templates: Sequence[str] | str = "chat",
     ) -> None:
         if getattr(tokenizer, "pad_token_id", None) is None or getattr(tokenizer, "eos_token_id", None) is None:
             raise ReflectionError(
                 "ArmCallback needs a tokenizer with a pad token and an end token: set tokenizer.pad_token = "
                 "tokenizer.eos_token, or a token of its own."
             )
-        if replay not in ("generated", "rows"):
-            raise ReflectionError(f"ArmCallback(replay=...) must be 'generated' or 'rows', got {replay!r}.")
+        if replay not in REPLAY:
+            raise ReflectionError(f"ArmCallback(replay=...) must be one of {list(REPLAY)}, got {replay!r}.")
         if not 0 < new_task_floor < 1:
             raise ReflectionError(f"ArmCallback(new_task_floor=...) must lie between 0 and 1, got {new_task_floor}.")
         self.tokenizer = tokenizer
@@ -79,10 +83,17 @@ class Reflection:
         self.generator = GeneratorSettings() if generator is None else generator
         self.allow_copies, self.seed, self.warm_start = allow_copies, seed, warm_start
         self.generator_folder = None if generator_folder is None else Path(generator_folder)
+        wrong = [] if isinstance(templates, str) else [text for text in templates if text.count("{}") != 1]
+        if wrong or (isinstance(templates, str) and templates != "chat"):
+            raise ReflectionError(
+                f"ArmCallback(templates=...) must be 'chat' or texts with one {{}}, got {templates!r}."
+            )
+        self.templates = templates
         self.ledger = Ledger()
         self.opened: Opened | None = None  # the task that prompts and pooled are of
         self.prompts: list[list[int]] = []  # token ids of the current task's prompts
         self.pooled: Tensor | None = None  # [n, d]
+        self.every: Tensor | None = None  # [m, d], of these prompts and of their renderings
         self.rows = 0
         self.guard = Guard()  # watches while the Trainer trains
 
@@ -127,10 +138,10 @@ class Reflection:
         if not pool.router.needs_replay:
             raise ReflectionError(f"router={pool.config.router!r} needs no replay: there is no attention loss to add.")
         self.check_opened(pool, "penalty")
-        assert self.pooled is not None
-        rows = torch.randperm(len(self.pooled), generator=torch.Generator().manual_seed(seed))[: self.batch_size]
-        current = self.pooled[rows.to(self.pooled.device)]
-        return attention_loss(pool, current, **self.weights)
+        assert self.every is not None
+        rows = torch.randperm(len(self.every), generator=torch.Generator().manual_seed(seed))[: self.batch_size]
+        current = self.every[rows.to(self.every.device)]
+        return attention_loss(pool, current, **self.weights, seed=seed)
 
     def reflect(self, model: Any, seed: int = 0) -> None:
         """Give old tasks their attention back, draw the replay rows of the current task, and commit it.
@@ -145,19 +156,23 @@ class Reflection:
         pool.memory.training_of(pool.adapter).block_is_held = True  # ARM's own steps from here on are not the user's
         name, told = pool.current_task, self.ledger.of(pool)
         learned = pool.router.needs_replay
-        kind = "none" if not learned else "real rows" if self.replay == "rows" else "pseudo-samples"
-        lifecycle.record_task(pool, name, rows=self.rows, replay=kind)
+        lifecycle.record_task(pool, name, rows=self.rows, replay=REPLAY[self.replay] if learned else "none")
         if not learned:
             told.reports[name] = {"wanted": 0, "kept": 0, "router_rows": len(self.pooled)}
             lifecycle.commit_task(pool, self.pooled)
             self.close()
             return
+        replay: Tensor
         wanted = wanted_count(self.rows, self.pseudo_share, self.min_pseudo_samples)
         if len(pool.tasks) > 1 and self.align_steps:
             self.align(pool, seed, own_target=pool.mean_weights(self.pooled))
-        if self.replay == "rows":
+        if self.replay == "statistics":
+            replay = self.pooled[:0]
+            told.reports[name] = {"wanted": 0, "kept": 0, "statistics_of": len(self.pooled)}
+            told.texts.pop(name, None)
+        elif self.replay == "rows":
             picked = torch.randperm(len(self.pooled), generator=torch.Generator().manual_seed(seed))[:wanted]
-            replay: Tensor = self.pooled[picked.to(self.pooled.device)]
+            replay = self.pooled[picked.to(self.pooled.device)]
             told.reports[name] = {"wanted": wanted, "kept": len(replay), "real_rows": True}
             told.texts.pop(name, None)
         else:
@@ -175,7 +190,8 @@ class Reflection:
             replay = drawn.pooled(pool, UNCOMMITTED)
             told.texts[name] = drawn.texts
         broadcast_from_rank0([replay])
-        told.rows[name] = replay.detach().clone()
+        if len(replay):
+            told.rows[name] = replay.detach().clone()
         lifecycle.commit_task(pool, self.pooled, replay)
         self.close()
 
@@ -251,7 +267,7 @@ class Reflection:
 
     def close(self) -> None:
         """Let go of the prompts: their task is committed."""
-        self.pooled, self.opened, self.prompts = None, None, []
+        self.pooled, self.every, self.opened, self.prompts = None, None, None, []
 
     def open_task(self, pool: Pool, model: Any, seed: int, resumed: bool = False) -> None:
         """See that the current task has a weight of its own before its first step, and its block where it is to start.
@@ -259,23 +275,27 @@ class Reflection:
         Raises:
             ReflectionError: there are no prompts.
         """
-        assert self.pooled is not None
+        assert self.pooled is not None and self.every is not None
+        if not pool.statistics.known(pool.adapter)[-1] and sharding_of(pool.base) is None:
+            show_everyday_prompts(pool, self.tokenizer, self.prompts)
+            pool.statistics.fit(pool.adapter, self.every)
+            broadcast_from_rank0(pool.statistics.state_tensors(pool.adapter))
         if self.warm_start and len(pool.tasks) > 1 and not resumed and not warm_start.has_started(pool):
             self.ledger.of(pool).shares[pool.current_task] = warm_start.warm_start(pool, self.pooled)
             broadcast_from_rank0(p for p in model.parameters() if p.requires_grad)
         if not pool.router.needs_replay:
             if not pool.router.is_fitted(pool.adapter):
-                lifecycle.fit_router(pool, self.pooled)
+                lifecycle.fit_router(pool, self.every)
         elif len(pool.tasks) > 1 and not resumed and self.align_steps:
             with isolated_rng(seed, model):
                 self.align(pool, seed)
 
     def align(self, pool: Pool, seed: int, own_target: Tensor | None = None) -> None:
         """Fit the attention alone, see [`align_attention`]; ``own_target`` [T] is what the current task is to keep."""
-        assert self.pooled is not None
+        assert self.every is not None
         align_attention(
             pool,
-            self.pooled,
+            self.every,
             steps=self.align_steps,
             learning_rate=self.align_learning_rate,
             batch_size=self.batch_size * 4,
@@ -291,19 +311,24 @@ class Reflection:
         if self.replay == "generated" and not can_generate(pool) and pool.router.needs_replay:
             raise ReflectionError(
                 f"A {type(pool.base).__name__} writes no text, so it cannot generate pseudo-samples: use "
-                "ArmCallback(replay='rows')."
+                "ArmCallback(replay='statistics')."
+            )
+        if self.replay == "statistics" and not pool.config.statistics_rank and pool.router.needs_replay:
+            raise ReflectionError(
+                "ArmCallback(replay='statistics') needs them, and statistics_rank=0 keeps none: use replay='rows' "
+                "or 'generated', or a pool that keeps them."
             )
         if pool.committed_tasks == pool.tasks:
             raise TaskError(
                 f"The current task {pool.current_task!r} is committed: call model.add_task(name) before training new "
                 "data, or model.reopen_task() to train this one further."
             )
-        counts = [len(rows) for rows in pool.memory.replay(pool.adapter)]
-        bare = [name for name, count in zip(pool.tasks[:-1], counts, strict=False) if not count]
+        held = zip(pool.tasks, pool.memory.replay(pool.adapter), pool.statistics.known(pool.adapter), strict=True)
+        bare = [name for name, rows, known in held if not len(rows) and not known and name != pool.current_task]
         if bare and pool.router.needs_replay:
             raise ReflectionError(
-                f"Old tasks {bare} have no replay rows, so nothing would hold their attention. Commit a task with "
-                "ArmCallback, or with commit_task(inputs, replay=batches), before the next one is added."
+                f"Old tasks {bare} have neither replay rows nor statistics, so nothing would hold their attention. "
+                "Commit a task with ArmCallback, or with commit_task(inputs=batches), before the next one is added."
             )
 
     def take_batches(self, pool: Pool, batches: Iterable[Mapping[str, Tensor]]) -> None:
@@ -313,11 +338,14 @@ class Reflection:
             ReflectionError: there are no rows; or no tokens, and pseudo-samples are wanted.
         """
         self.prompts, self.opened = [], Opened.of(pool)
-        pooled = pool.pooled_prompts(batches, tokens=self.prompts)
+        pooled = pool.pooled_prompts(batches, tokens=self.prompts, remember=True)
         self.pooled = pooled[~pooled[:, 0].isnan()]  # rows of padding alone have no prompt
         self.rows = len(self.pooled)
         if not self.rows:
             self.pooled = None
             raise ReflectionError("The training set is empty.")
+        step = max(1, -(-len(self.prompts) // MAX_RENDERED))
+        rendered = renderings_of(self.tokenizer, self.prompts[::step], self.templates)
+        self.every = torch.cat([self.pooled, pooled_rows(pool, rendered)])
         if self.replay == "generated" and not self.prompts and pool.router.needs_replay:
             raise ReflectionError("Without input_ids no generator can be trained: use ArmCallback(replay='rows').")

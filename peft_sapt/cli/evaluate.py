@@ -13,6 +13,7 @@ from ..continual.answering import answers, mean_score, scored_rows, weights_of_p
 from ..continual.grid import text_of
 from ..continual.learner import Bench, Budget
 from ..continual.method import labels_of
+from ..continual.sapt import percent_led
 from ..continual.settings import Data, make_bench
 from ..errors import PoolFormatError
 from ..storage.atomic import write_atomically
@@ -78,7 +79,7 @@ def of_task(bench: Bench, model: PeftModel, name: str) -> dict[str, float | None
     if tasks is not None:
         weights = weights_of_prompts(bench, model, name)
         own = tasks.index(name) if name in tasks else None
-        led = None if own is None else 100.0 * float((weights.argmax(dim=1) == own).float().mean())
+        led = None if own is None else percent_led(weights, own)
         found |= {"routing %": led, "own weight": None if own is None else float(weights[:, own].mean())}
     return found
 

@@ -48,6 +48,11 @@ class FrozenPrefix(nn.Module):
         self.bytes = 0  # of all rows
         self.spans: list[tuple[int, tuple[int, ...]]] | None = None  # of the forward under way: start, tokens
 
+    @property
+    def below(self) -> list[Any]:
+        """The layers that it stands in place of."""
+        return self._below[0]
+
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenPrefix:
         return self
 
@@ -85,6 +90,7 @@ class FrozenPrefix(nn.Module):
     ) -> Tensor:
         # hidden_states [B, S, d], the token embeddings -> [B, S, d]
         spans, cache = self.spans, past_of(kwargs)
+        self.spans = None  # of this forward alone
         fill = cache is not None
         if spans is None or (fill and not counts_from_first_token(position_ids, spans)):
             for layer in self._below[0]:

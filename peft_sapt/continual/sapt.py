@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model
+from torch import Tensor
 
 from ..arm import ArmCallback, GeneratorSettings
 from ..arm.checks import pool_of
@@ -79,7 +80,8 @@ class SaptMethod(Method):
     ``train_weights`` [T][T], the mean attention on each task's training prompts when it had been learned;
     ``routing_by_stage`` and ``own_weight_by_stage``, both [T][T] like the matrix; ``mean_weights`` [T][T] and
     ``prompt_weights`` [T][N][T] on the scored prompts at the end; ``routing``, percent of prompts whose own block
-    leads; ``new_task_weights``; ``pseudo_samples``, counts by task.
+    leads; ``left_to_base``, percent that the base model answers; ``new_task_weights``; ``pseudo_samples``, counts by
+    task.
     """
 
     title = "SAPT"
@@ -175,8 +177,13 @@ def routing_after(bench: Bench, model: PeftModel, stage: int) -> tuple[list[floa
     names = list(bench.stream)
     attention = [weights_of_prompts(bench, model, name) for name in names[: stage + 1]]
     later = [NAN] * (len(names) - stage - 1)
-    led = [100.0 * float((w.argmax(dim=1) == i).float().mean()) for i, w in enumerate(attention)]
+    led = [percent_led(w, i) for i, w in enumerate(attention)]
     return led + later, [float(w[:, i].mean()) for i, w in enumerate(attention)] + later
+
+
+def percent_led(weights: Tensor, task: int) -> float:
+    """Percent of prompts whose largest weight [N, T] is that of ``task``; those left to the base model have none."""
+    return 100.0 * float(((weights.argmax(dim=1) == task) & weights.any(dim=1)).float().mean())
 
 
 def pseudo_reports(bench: Bench, model: PeftModel, arm: ArmCallback) -> Found:
@@ -190,8 +197,7 @@ def pseudo_reports(bench: Bench, model: PeftModel, arm: ArmCallback) -> Found:
             known = set(bench.tokenizer.batch_decode(bench.prompts(bench.stream[name]["train"])))
             reports[name]["kept_copies"] = sum(text in known for text in arm.pseudo_samples[name])
         if len(rows):
-            leads = pool.router.attend(pool.adapter, rows).argmax(dim=1) == i
-            reports[name]["routed_to_own"] = 100.0 * float(leads.float().mean())
+            reports[name]["routed_to_own"] = percent_led(pool.router.attend(pool.adapter, rows), i)
     return reports
 
 
@@ -201,5 +207,6 @@ def attention_of(bench: Bench, model: PeftModel) -> Found:
     return {
         "mean_weights": [attention[name].mean(dim=0).tolist() for name in names],
         "prompt_weights": {n: [[float(f"{v:.4g}") for v in row] for row in attention[n].tolist()] for n in names},
-        "routing": [100.0 * float((attention[n].argmax(dim=1) == i).float().mean()) for i, n in enumerate(names)],
+        "routing": [percent_led(attention[n], i) for i, n in enumerate(names)],
+        "left_to_base": [100.0 * float((~attention[n].any(dim=1)).float().mean()) for n in names],
     }

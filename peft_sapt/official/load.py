@@ -62,6 +62,7 @@ def load_official_checkpoint(
         target_modules=sorted(short.values()),
         query_dim=query["0.weight"].shape[0],
         temperature=temperature,
+        features="max",
     )
     model: Any = get_peft_model(base, config)
     pool = model.base_model.pool

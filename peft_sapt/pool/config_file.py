@@ -134,8 +134,9 @@ def refuse_more_than(config: SaptConfig, size: int, folder: Path) -> None:
 
     Building it would exhaust memory before the weights, which tell the truth, are looked at.
     """
-    rows = sum(config.task_ranks) + sum(config.replay_rows) + config.num_virtual_tokens * len(config.tasks)
-    if rows + config.query_dim > size or (config.token_dim or 0) > size:
+    each = config.num_virtual_tokens + config.statistics_rank
+    rows = sum(config.task_ranks) + sum(config.replay_rows) + sum(config.background_rows) + each * len(config.tasks)
+    if rows + config.query_dim > size or max(config.token_dim or 0, config.feature_dim or 0) > size:
         raise ConfigFileError(
             f"{folder / CONFIG_NAME} describes more than {SAFETENSORS_WEIGHTS_NAME} of {size} bytes can hold. "
             "One of both was damaged or edited: load an intact copy."

@@ -17,7 +17,7 @@ from ..pool_module import PoolModule, replace_part
 from ..storage.lora_folder import Factors, read_lora, write_lora
 from ..storage.prompt_folder import read_prompt, write_prompt
 from .lifecycle import add_task
-from .view import Pool
+from .view import Batches, Pool
 
 Shares = Mapping[str, float] | Sequence[float] | Tensor  # one number per task, or by name
 
@@ -53,10 +53,12 @@ def export_mixture(pool: Pool, weights: Shares, folder: str | os.PathLike) -> No
     write_lora(folder, lora_config(pool, rank, rank), factors, saved_modules(pool))
 
 
-def import_task(pool: Pool, name: str, folder: str | os.PathLike) -> None:
+def import_task(pool: Pool, name: str, folder: str | os.PathLike, inputs: Batches | None = None) -> None:
     """See [`SaptModel.import_task`]."""
+    pooled = pool.pooled_prompts([] if inputs is None else inputs)
+    pool.refuse_bad_rows("import_task(inputs=...)", pooled)
     if pool.config.block == "prompt":
-        import_prompt(pool, name, folder)
+        import_prompt(pool, name, folder, pooled)
         return
     lora = read_lora(folder)
     layers = pool.layers()
@@ -85,20 +87,20 @@ def import_task(pool: Pool, name: str, folder: str | os.PathLike) -> None:
             replace_newest(layer, attr, pool.adapter, value)
     config.task_ranks = [*config.task_ranks[:-1], lora.r]
     config.task_alphas = [*config.task_alphas[:-1], alpha]
-    after_import(pool)
+    after_import(pool, pooled)
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
-def import_prompt(pool: Pool, name: str, folder: str | os.PathLike) -> None:
+def import_prompt(pool: Pool, name: str, folder: str | os.PathLike, pooled: Tensor) -> None:
     """[`import_task`] for a soft prompt."""
     config, prompts = pool.config, pool.hooks.prompts
     assert prompts is not None
     prompt = read_prompt(folder, config.num_virtual_tokens, config.token_dim or 0)
     make_current(pool, name)
     replace_newest(prompts, "sapt_prompt", pool.adapter, prompt)
-    after_import(pool)
+    after_import(pool, pooled)
 
 
 def make_current(pool: Pool, name: str, **block: Any) -> None:
@@ -119,9 +121,13 @@ def replace_newest(module: PoolModule, attr: str, adapter: str, value: Tensor) -
     replace_part(getattr(module, attr), adapter, value.to(weight.device, weight.dtype))
 
 
-def after_import(pool: Pool) -> None:
+def after_import(pool: Pool, pooled: Tensor) -> None:
+    """Let the pool know that its newest block is another one now, and the task's prompts ``pooled`` [n, d], if any."""
     pool.memory.show_own_config(pool.adapter).inference_mode = False
     pool.memory.forget(pool.adapter)
+    if len(pooled):
+        pool.statistics.fit(pool.adapter, pooled)
+        pool.memory.remember_fitted(pool.adapter, pooled)
     pool.memory.training_of(pool.adapter).block_is_imported = True
     pool.refresh_trainable()
 

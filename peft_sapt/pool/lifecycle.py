@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from ..routing.prompts import embedding_weight
 from ..validation import check_task_name, checked_record
 from .view import Batches, Pool
 
+REMOVED: list[list[int]] = [[-1], []]  # in place of the form of prompts: they were those of a task
 HEAD_TASK_TYPES = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
@@ -48,7 +51,7 @@ def add_task(pool: Pool, name: str, r: int | None = None, lora_alpha: float | No
     pool.refresh_trainable()
 
 
-def remove_task(pool: Pool, name: str) -> None:
+def remove_task(pool: Pool, name: str, forget: bool = False) -> None:
     """See [`SaptModel.remove_task`]."""
     config, index = pool.config, pool.index_of(name)
     if len(config.tasks) == 1:
@@ -64,9 +67,15 @@ def remove_task(pool: Pool, name: str) -> None:
         task_alphas=[config.task_alphas[i] for i in kept],
         replay_rows=[config.replay_rows[i] for i in kept],
     )
+    rows = pool.statistics.background(pool.adapter)
+    retired = [] if forget or not rows else pool.statistics.retired(pool.adapter, index)
     for module in pool.modules():
         module.drop_part(pool.adapter, index, pool.sizes_of(module))
     set_tasks(pool, smaller, kept)
+    if retired:
+        own = pool.memory.show_own_config(pool.adapter)
+        own.background_forms = [*own.background_forms, REMOVED]
+        set_background(pool, [*rows, *retired])
     pool.refresh_trainable()
 
 
@@ -74,6 +83,7 @@ def set_tasks(pool: Pool, other: SaptConfig, kept: list[int]) -> None:
     """Let the pool describe the tasks of ``other``, and what is in no stack follow; ``kept`` as in Router.resize."""
     pool.memory.resize(pool.adapter, kept)
     pool.memory.show_own_config(pool.adapter).set_tasks(other)
+    pool.statistics.resize(pool.adapter, kept)
     pool.router.resize(pool.adapter, kept)
     freeze_committed(pool.base)
 
@@ -86,8 +96,29 @@ def fit_router(pool: Pool, inputs: Batches) -> None:
     if not len(pooled):
         raise PromptError("fit_router needs training prompts of the current task, and got none.")
     pool.refuse_bad_rows("fit_router(inputs=...)", pooled)
+    pool.statistics.fit(pool.adapter, pooled)
     pool.router.fit(pool.adapter, pooled)
     pool.memory.remember_fitted(pool.adapter, pooled)
+
+
+def fit_background(pool: Pool, forms: Sequence[Batches]) -> None:
+    """See [`SaptModel.fit_background`]."""
+    pool.refuse_sharded("fit_background")
+    if not pool.config.statistics_rank:
+        raise TaskError("fit_background needs the tasks' statistics, and statistics_rank=0 keeps none.")
+    rows = [pool.pooled_prompts(form) for form in forms]
+    if not all(len(part) >= 2 for part in rows):
+        raise PromptError("fit_background needs at least two prompts in each form. Nothing was changed.")
+    for part in rows:
+        pool.refuse_bad_rows("fit_background(forms=...)", part)
+    pool.memory.show_own_config(pool.adapter).background_forms = []
+    set_background(pool, rows)
+
+
+def set_background(pool: Pool, rows: list[Tensor]) -> None:
+    """Keep ``rows``, features [n, d] of prompts that belong to no task, by form, in place of what was kept."""
+    pool.statistics.set_background(pool.adapter, rows)
+    pool.router.on_background(pool.adapter)
 
 
 def commit_task(pool: Pool, inputs: Batches | None = None, replay: Batches | None = None) -> None:
@@ -107,6 +138,8 @@ def commit_task(pool: Pool, inputs: Batches | None = None, replay: Batches | Non
     pool.refuse_bad_weights()
     refuse_unmoved(pool)
     if len(pooled):
+        if not pool.statistics.known(adapter)[-1]:
+            pool.statistics.fit(adapter, pooled)
         router.on_commit(adapter, pooled)
         target = pool.mean_weights(pooled)  # [T]
     else:
@@ -154,6 +187,7 @@ def reopen_task(pool: Pool) -> None:
     """See [`SaptModel.reopen_task`]."""
     pool.refuse_sharded("reopen_task")
     pool.memory.reopen(pool.adapter)
+    pool.statistics.forget(pool.adapter)
     pool.memory.show_own_config(pool.adapter).inference_mode = False
     freeze_committed(pool.base)
     pool.refresh_trainable()

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import copy
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import SaptConfig
+from ..errors import OtherShapeError, SaptError
+from ..routing.hidden import check_layer, hidden_size, layers_of
 from ..routing.prompts import checked_token_dim
 
 FOUND = "_sapt_token_dim_found"  # on a config: token_dim is the last base model's, which another need not have
 
 
-def prepare_given(given: SaptConfig, embedding: Tensor | None) -> SaptConfig:
+def prepare_given(given: SaptConfig, embedding: Tensor | None, model: nn.Module) -> SaptConfig:
     """A pool's own copy of the config that its user gave; both learn the width of the base's token embeddings.
 
     Raises:
@@ -32,10 +34,36 @@ def prepare_given(given: SaptConfig, embedding: Tensor | None) -> SaptConfig:
         checked_token_dim(given.token_dim, embedding)
     config = copy.deepcopy(given)
     vars(config).pop(FOUND, None)
+    choose_features(config, embedding, model)
     if config.task_type in ("TOKEN_CLS", "QUESTION_ANS"):
         # PEFT adds the head to the user's object, after this: one list for both
         given.modules_to_save = config.modules_to_save = given.modules_to_save or []
     return config
+
+
+def choose_features(config: SaptConfig, embedding: Tensor | None, model: nn.Module) -> None:
+    """Fill in what tells prompts apart on ``model``, and its width.
+
+    Raises:
+        SaptError: there are no such layers. OtherShapeError: the pool was made for another width.
+    """
+    if config.pool_padding and config.features is None:
+        config.features = "max"
+    if config.features is None:
+        config.features = "both" if embedding is None or not layers_of(model) else "hidden"
+    width = config.token_dim or 0
+    if config.features == "hidden":
+        config.features_layer = check_layer(model, config.features_layer)
+        width = hidden_size(model) or width
+    elif config.features_layer is not None:
+        raise SaptError(f"SaptConfig.features_layer is for features='hidden', not {config.features!r}. Leave it out.")
+    width = 2 * width if config.features == "both" else width
+    if config.feature_dim not in (None, width):
+        raise OtherShapeError(
+            f"The pool tells prompts apart by vectors of width {config.feature_dim}, and with features="
+            f"{config.features!r} this base model gives {width}: it was made for another one. Load it onto that one."
+        )
+    config.feature_dim = width
 
 
 def follow_changes(given: SaptConfig) -> None:

@@ -24,10 +24,20 @@ from ..storage.manifest import (
     read_manifest,
 )
 from ..storage.overrides import accepted
+from ..validation import is_int
 from .config_file import described, pool_values
 from .stored_attention import stored_attention
 
-ROUTED_BY = ("router", "block", "query_activation", "temperature", "pool_padding")  # fields that no tensor shows
+MAX_BACKGROUND = 100_000  # prompts of no task in one form
+ROUTED_BY = (
+    "router",
+    "block",
+    "features",
+    "features_layer",
+    "query_activation",
+    "temperature",
+    "pool_padding",
+)  # fields that no tensor shows
 
 
 def with_manifest(
@@ -82,7 +92,24 @@ def checked_state(
     check_loaded(values, described(config), own)
     check_finite(state_dict)  # of embeddings too, which PEFT adds to the file after the manifest is made
     check_base(values, model, {plain_name(key) for key in state_dict if ".sapt_" not in key})
+    take_background(model, adapter, values)
     return {key: tensor for key, tensor in state_dict.items() if key != manifest}
+
+
+def take_background(model: nn.Module, adapter: str, manifest: Mapping[str, Any]) -> None:
+    """Make room for as many prompts of no task as a file has: a pool that is built to go on with one has none yet.
+
+    Raises:
+        PoolFormatError: the manifest does not say how many.
+    """
+    memory, saved = memory_on(model), manifest.get("config")
+    if memory is None or not memory.holds(adapter) or not isinstance(saved, dict):
+        return
+    rows, forms = saved.get("background_rows", []), saved.get("background_forms", [])
+    if not isinstance(rows, list) or not all(is_int(n) and 0 < n <= MAX_BACKGROUND for n in rows):
+        raise PoolFormatError(f"The pool's manifest holds background_rows {rows!r}: the weights file is damaged.")
+    if rows != memory.hooks.config_of(adapter).background_rows:
+        memory.hooks.statistics.make_room(adapter, rows, forms)
 
 
 def check_settings(manifest: Mapping[str, Any], config: SaptConfig) -> None:

@@ -18,8 +18,11 @@ from ..routing.hooks import RoutingHooks
 from ..routing.memory import TaskMemory
 from ..routing.prompts import read_batches
 from ..routing.router import Router
+from ..routing.statistics import TaskStatistics
 
-Batches = Iterable[Mapping[str, Any] | Tensor] | Tensor  # dicts of forward's arguments, or pooled prompts [n, d]
+Batches = (
+    Iterable[Mapping[str, Any] | Tensor] | Mapping[str, Any] | Tensor
+)  # arguments of forwards, or pooled prompts [n, d]
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,11 @@ class Pool:
     router: Router
     memory: TaskMemory
     hooks: RoutingHooks
+
+    @property
+    def statistics(self) -> TaskStatistics:
+        """What is known of its tasks' prompts, and of prompts that belong to none."""
+        return self.hooks.statistics
 
     # --- tasks ----------------------------------------------------------------------------------------------------
 
@@ -97,9 +105,12 @@ class Pool:
 
     # --- prompts --------------------------------------------------------------------------------------------------
 
-    def pooled_prompts(self, batches: Batches, tokens: list[list[int]] | None = None) -> Tensor:
-        """Pooled prompts of all rows in ``batches``, [N, d] in float32; ``tokens`` as in [`read_batches`]."""
-        return read_batches(self.base, self.config, self.router.pooling, batches, self.memory.device, tokens)
+    def pooled_prompts(
+        self, batches: Batches, tokens: list[list[int]] | None = None, remember: bool = False
+    ) -> Tensor:
+        """Features of all prompts in ``batches``, [N, feature_dim] in float32; the rest as in [`read_batches`]."""
+        reader, device = self.hooks.reader, self.memory.device
+        return read_batches(self.base, self.config, reader, batches, device, tokens, remember)
 
     @torch.no_grad()
     def mean_weights(self, pooled: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..config import SaptConfig
 from ..errors import SaptError
 from ..pool_module import Linears, linear_from
-from .router import MAX, Router, stacked, token_dim_of
+from .router import Router, feature_dim_of, stacked
 
 LAYER_NORM_EPS = 1e-5
 
@@ -47,7 +47,6 @@ class AttentionRouter(Router):
     kind = "attention"
     module_name = "shared_attention"
     needs_replay = True
-    pooling = MAX
     description = "a learned attention (a query from the prompt, one key per task)"
 
     adapter_layer_names = ("sapt_query_down", "sapt_query_up", "sapt_query_norm", "sapt_key")
@@ -62,12 +61,12 @@ class AttentionRouter(Router):
 
     @classmethod
     def check_config(cls, config: SaptConfig) -> None:
-        if config.fallback is not None:
-            raise SaptError("SaptConfig.fallback needs router='ridge': a softmax does not tell how near a row is.")
+        if config.pool_padding and config.features not in (None, "max"):
+            raise SaptError("SaptConfig.pool_padding reproduces the official code: it needs features='max'.")
 
     def update_layer(self, adapter: str, config: SaptConfig, device: torch.device | None) -> None:
         """Query projection, and a random key for each task."""
-        d = token_dim_of(config)
+        d = feature_dim_of(config)
         self.configs[adapter] = config
         self.sapt_query_down[adapter] = nn.Linear(d, config.query_dim, bias=False, device=device)
         self.sapt_query_up[adapter] = nn.Linear(config.query_dim, d, bias=False, device=device)
@@ -77,7 +76,7 @@ class AttentionRouter(Router):
             self.sapt_old_keys[adapter] = linear_from(torch.cat([new_key(d, device) for _ in config.tasks[1:]]))
 
     def newest_part(self, adapter: str, rank: int) -> dict[str, Tensor]:
-        return {"sapt_key": new_key(token_dim_of(self.configs[adapter]), None)}
+        return {"sapt_key": new_key(feature_dim_of(self.configs[adapter]), None)}
 
     @staticmethod
     def log_weights_of(state: Mapping[str, Tensor], config: SaptConfig, pooled: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +37,7 @@ class ForwardState(threading.local):
         self.generates = False  # whether this forward is one of the generation under way
         self.inserted: Any = None  # where virtual tokens stand in it, which are cut out of its logits
         self.session: GenerationSession | None = None  # while generate() runs
+        self.blocks_are_off = False  # while the base model alone reads a prompt
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ForwardState:
         memo[id(self)] = fresh = ForwardState()
@@ -46,6 +49,15 @@ class ForwardState(threading.local):
     def use(self, mixture: Mixture) -> None:
         """Let the layers of this forward mix by ``mixture``."""
         self.mixture, self.weights, self.rank_scales = mixture, mixture.weights, mixture.rank_scales
+
+    @contextmanager
+    def without_blocks(self) -> Iterator[None]:
+        """Let every layer answer as the base model's does."""
+        self.blocks_are_off = True
+        try:
+            yield
+        finally:
+            self.blocks_are_off = False
 
     def clear(self) -> None:
         """Forget the forward; a session goes on."""

@@ -20,6 +20,7 @@ from ..errors import PromptError, SaptError, TaskError, TrainingError, WeightsEr
 from ..pool_module import freeze_heads
 from .caches import cache_among, is_filled, keep_with_output, kept_with, length_of, past_of
 from .checkpointing import route_checkpoints, unroute_checkpoints
+from .features import PromptReader
 from .forward_state import ForwardState, GenerationSession
 from .memory import TaskMemory
 from .mixture import Mixture
@@ -29,6 +30,7 @@ from .prompt_mask import is_encoder_decoder
 from .prompts import read_prompts
 from .router import Router
 from .soft_prompts import SoftPrompts, prepend_prompt, strip_prompt
+from .statistics import TaskStatistics
 from .towers import rows_agree
 from .weights import check_weights, one_hot, select
 
@@ -47,7 +49,10 @@ class RoutingHooks:
     def __init__(self, memory: TaskMemory, state: ForwardState) -> None:
         self.memory = memory
         self.state = state
+        self.reader = PromptReader(state)
         self.routers: dict[str, Router] = {}  # by kind
+        self.statistics = TaskStatistics()
+        self.statistics.hooks = self
         self.prompts: SoftPrompts | None = None  # of pools with block="prompt"
         self.handles: list[Any] = []
         self.base: nn.Module | None = None
@@ -160,8 +165,9 @@ class RoutingHooks:
         prompts, weights = self.prompts, self.state.weights
         assert prompts is not None and weights is not None and self.base is not None
         length, encoder_decoder = self.config_of(adapter).num_virtual_tokens, is_encoder_decoder(self.base)
+        off = None if is_training(module) else (weights == 0).all(dim=-1)  # [B], of the base model
         changed, self.state.inserted = prepend_prompt(
-            module, lambda: prompts.mixed(adapter, weights), length, inputs, encoder_decoder, self.state.generates
+            module, lambda: prompts.mixed(adapter, weights), length, inputs, encoder_decoder, self.state.generates, off
         )
         return changed
 
@@ -260,8 +266,8 @@ class RoutingHooks:
 
     def computed_weights(self, module: nn.Module, adapter: str, inputs: dict[str, Any]) -> Tensor:
         training, config, router = is_training(module), self.config_of(adapter), self.router_of(adapter)
-        pooled, _, segments = read_prompts(module, config, router.pooling, inputs, training)  # [N, d]
-        weights = router.attend(adapter, pooled)  # [N, T]
+        pooled, _, segments = read_prompts(module, config, self.reader, inputs, training)  # [N, d]
+        weights = router.attend(adapter, pooled, training)  # [N, T]
         if torch.is_grad_enabled():
             router.check_frozen(adapter)
             self.memory.check_frozen(adapter)

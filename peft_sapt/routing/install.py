@@ -15,6 +15,7 @@ from .hooks import RoutingHooks
 from .memory import MEMORY, TaskMemory, freeze_committed
 from .router import Router
 from .soft_prompts import SoftPrompts
+from .statistics import STATISTICS
 
 try:  # accelerate is PEFT's own dependency; a private move there must not break the import
     from accelerate import init_empty_weights
@@ -51,9 +52,10 @@ def install(
     with init_empty_weights() if on_meta and init_empty_weights is not None else nullcontext():
         router.update_layer(adapter, config, None if on_meta else device)
         hooks.memory.update_layer(adapter, config, None if on_meta else device)
+        hooks.statistics.update_layer(adapter, config, None if on_meta else device)
         if config.block == "prompt":
             prompts_for(model, hooks).update_layer(adapter, config, embedding)
-    for module in (*hooks.routers.values(), hooks.memory, hooks.prompts):
+    for module in (*hooks.routers.values(), hooks.memory, hooks.statistics, hooks.prompts):
         if module is not None:
             module.set_adapter(active, inference_mode=bool(config.inference_mode))
     freeze_committed(model)
@@ -65,6 +67,7 @@ def add_hooks(model: nn.Module, state: ForwardState) -> RoutingHooks:
     hooks = memory.hooks = RoutingHooks(memory, state)
     hooks.attach(model)
     setattr(model, MEMORY, memory)
+    setattr(model, STATISTICS, hooks.statistics)
     hooks.handles.append(model.register_load_state_dict_post_hook(freeze_after_load))
     return hooks
 
@@ -92,7 +95,7 @@ def freeze_after_load(model: nn.Module, incompatible: Any) -> None:
 
 def own_modules() -> list[str]:
     """Attributes of a base model that hold modules of ours."""
-    return [*(router.module_name for router in ROUTERS.values()), MEMORY, PROMPTS]
+    return [*(router.module_name for router in ROUTERS.values()), MEMORY, STATISTICS, PROMPTS]
 
 
 @contextmanager

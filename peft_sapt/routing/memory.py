@@ -67,7 +67,7 @@ class TaskMemory(FreePoolModule):
         committed = torch.arange(count, device=device) < count - 1
         self.sapt_targets[adapter] = linear_from(torch.diag(committed.float()))
         if rows:
-            self.sapt_replay[adapter] = linear_from(torch.zeros(rows, config.token_dim or 0, device=device))
+            self.sapt_replay[adapter] = linear_from(torch.zeros(rows, config.feature_dim or 0, device=device))
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -164,7 +164,7 @@ class TaskMemory(FreePoolModule):
         """Pooled replay embeddings of each task, oldest first, each [n_t, d]; n_t may be 0."""
         config = self.configs[adapter]
         if adapter not in self.sapt_replay:
-            empty = self.sapt_targets[adapter].weight.new_zeros(0, config.token_dim or 0)
+            empty = self.sapt_targets[adapter].weight.new_zeros(0, config.feature_dim or 0)
             return [empty for _ in config.replay_rows]
         return list(unshard(self.sapt_replay[adapter].weight.data).split(config.replay_rows))
 

@@ -79,6 +79,17 @@ def require_prompts(mask: Tensor, labels: Tensor, segments: Tensor) -> None:
         )
 
 
+def rows_of_segments(mask: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor, int]:
+    """Of each of the M tokens in ``mask`` [B, S]: its prompt, its place among that prompt's tokens, [M] each; and the
+    number of prompts, which are the ``segments`` [B, S] or else the rows."""
+    if segments is None:
+        segments = torch.arange(len(mask), device=mask.device).unsqueeze(1).expand_as(mask)
+    rows, count = segments[mask], int(segments.max()) + 1
+    lengths = torch.bincount(rows, minlength=count)
+    starts = lengths.cumsum(0) - lengths  # the tokens of a prompt follow one another
+    return rows, torch.arange(len(rows), device=mask.device) - starts[rows], count
+
+
 def max_pool_segments(embeddings: Tensor, mask: Tensor, segments: Tensor) -> Tensor:
     """Element-wise max over the prompt positions of each segment: [B, S, d] -> [N, d], float32; NaN where none."""
     count, width = int(segments.max()) + 1, embeddings.shape[-1]

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from ..config import SaptConfig
 from ..errors import OtherShapeError, PromptError, SaptError, WeightsError
 from ..pool_module import input_embeddings, unshard
+from .features import PromptReader
 from .packing import require_prompts, segments_of, without_tail
 from .prompt_mask import check_rows, is_encoder_decoder, prompt_mask_of
-from .router import Pooling
 
 
 class Prompts(NamedTuple):
@@ -27,9 +27,17 @@ class Prompts(NamedTuple):
 
 
 def read_prompts(
-    module: nn.Module, config: SaptConfig, pooling: Pooling, inputs: dict[str, Any], training: bool
+    module: nn.Module,
+    config: SaptConfig,
+    reader: PromptReader,
+    inputs: dict[str, Any],
+    training: bool,
+    remember: bool = False,
 ) -> Prompts:
     """Pool the prompt tokens of ``inputs``, the arguments of a forward of ``module`` (the base model, or its encoder).
+
+    Args:
+        remember: the rows are training rows, which will come again.
 
     Raises:
         PromptError: no input, masks of another shape, an empty prompt in training, or packed rows for an
@@ -65,10 +73,8 @@ def read_prompts(
     with torch.no_grad():  # hooks such as enable_input_require_grads must not pull the attention into their graph
         found = embeddings if table is None else look_up(table, ids)  # type: ignore[arg-type]  # one of the two is there
     embeddings = found.detach()  # type: ignore[union-attr]  # [B, S, d]
-    if segments is not None:
-        return Prompts(pooling.segments(embeddings, mask, segments), mask, segments)
-    pooled = pooling.rows(embeddings, mask)  # [B, d]
-    return Prompts(with_padding(module, pooled, mask, inputs) if config.pool_padding else pooled, mask, None)
+    pooled = reader.features(module, config, ids, embeddings, mask, segments, training or remember)  # [N, feature_dim]
+    return Prompts(with_padding(module, pooled, mask, inputs) if config.pool_padding else pooled, mask, segments)
 
 
 def token_table(module: nn.Module) -> nn.Module:
@@ -114,38 +120,40 @@ def without_hooks(module: nn.Module) -> nn.Module:
 def read_batches(
     module: nn.Module,
     config: SaptConfig,
-    pooling: Pooling,
-    batches: Iterable[Mapping[str, Any] | Tensor] | Tensor,
+    reader: PromptReader,
+    batches: Iterable[Mapping[str, Any] | Tensor] | Mapping[str, Any] | Tensor,
     device: torch.device,
     tokens: list[list[int]] | None = None,
+    remember: bool = False,
 ) -> Tensor:
     """Pooled prompts [N, d] of all rows in ``batches``, float32.
 
     Args:
         tokens: gets the token ids of the prompts, where batches have any.
-        batches: arguments of a forward, as dicts, or prompts that are pooled already, [n, d].
+        remember: as in [`read_prompts`].
+        batches: arguments of a forward, as dicts or a single one, or prompts that are pooled already, [n, d].
 
     Raises:
         PromptError: as [`read_prompts`] says.
-        WeightsError: a pooled tensor has another shape than [N, token_dim].
+        WeightsError: a pooled tensor has another shape than [N, feature_dim].
     """
     found: list[Tensor] = []
-    for batch in [batches] if isinstance(batches, Tensor) else batches:
+    for batch in [batches] if isinstance(batches, (Mapping, Tensor)) else batches:
         if isinstance(batch, Tensor):
             pooled = batch
         else:
             inputs = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
             with torch.no_grad():
-                prompts = read_prompts(module, config, pooling, inputs, training=False)
+                prompts = read_prompts(module, config, reader, inputs, training=False, remember=remember)
             pooled = prompts.pooled
             if prompts.segments is not None:
                 pooled = pooled[~pooled[:, 0].isnan()]  # packed rows may end in padding
             if tokens is not None and inputs.get("input_ids") is not None:
                 tokens += prompt_tokens(inputs["input_ids"], prompts)
-        if pooled.dim() != 2 or pooled.shape[1] != config.token_dim:
-            raise WeightsError(f"Pooled prompts have shape {list(pooled.shape)}, not [N, {config.token_dim}].")
+        if pooled.dim() != 2 or pooled.shape[1] != config.feature_dim:
+            raise WeightsError(f"Pooled prompts have shape {list(pooled.shape)}, not [N, {config.feature_dim}].")
         found.append(pooled.to(device))
-    empty = torch.zeros(0, config.token_dim or 0, device=device)
+    empty = torch.zeros(0, config.feature_dim or 0, device=device)
     return torch.cat(found) if found else empty
 
 

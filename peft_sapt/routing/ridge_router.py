@@ -16,7 +16,7 @@ from ..config import SaptConfig
 from ..errors import SaptError, TaskError
 from ..pool_module import Linears, linear_from
 from . import ridge
-from .router import MEAN, Router, stacked, token_dim_of
+from .router import Router, feature_dim_of, stacked
 
 UNCALIBRATED = 0.25  # temperature of pools in which no task has been calibrated, about what real prompts need
 
@@ -28,7 +28,8 @@ class RidgeRouter(Router):
         - ``sapt_mean`` [1, d + 1], ``sapt_old_means`` [T - 1, d + 1]: means of the features of each task's prompts.
         - ``sapt_gram`` [d + 1, d + 1]: the sum over tasks of their features' second moments. A removed task's part
           stays in it, as rows that belong to no task.
-        - ``sapt_solved`` [T, d + 1]: the regression that follows from these.
+        - ``sapt_solved`` [T, d + 1]: the regression that follows from these, and from the prompts of no task that the
+          pool knows.
         - ``sapt_temperatures`` [T, 1]: the temperature that each task calibrated, 0 where none did. The softmax uses
           what they have in common, see [`ridge.common_temperature`].
     """
@@ -36,7 +37,6 @@ class RidgeRouter(Router):
     kind = "ridge"
     module_name = "ridge_router"
     needs_replay = False
-    pooling = MEAN
     description = "ridge regression in closed form (one mean per task)"
     keeps = "Of the prompts the pool keeps one mean of token embeddings per task and one matrix for all."
 
@@ -60,7 +60,7 @@ class RidgeRouter(Router):
     def update_layer(self, adapter: str, config: SaptConfig, device: torch.device | None) -> None:
         """Empty sums for the tasks in ``config``; random ones with ``init_weights=False``."""
         self.configs[adapter] = config
-        width, count = token_dim_of(config) + 1, len(config.tasks)
+        width, count = feature_dim_of(config) + 1, len(config.tasks)
         means, gram = torch.zeros(count, width), torch.zeros(width, width)
         if not config.init_weights:
             x = ridge.features(torch.randn(count * 8, width - 1)).view(count, 8, width)
@@ -74,7 +74,7 @@ class RidgeRouter(Router):
         self.sapt_solved[adapter] = linear_from(ridge.solve(gram, means, config.ridge).float())
 
     def newest_part(self, adapter: str, rank: int) -> dict[str, Tensor]:
-        return {"sapt_mean": torch.zeros(1, token_dim_of(self.configs[adapter]) + 1)}
+        return {"sapt_mean": torch.zeros(1, feature_dim_of(self.configs[adapter]) + 1)}
 
     # --- routing --------------------------------------------------------------------------------------------------
 
@@ -101,11 +101,6 @@ class RidgeRouter(Router):
     def temperature(self, adapter: str) -> Tensor:
         """Of the softmax, a float64 scalar."""
         return softmax_temperature(self.sapt_temperatures[adapter].weight.data)
-
-    def out_of_distribution(self, adapter: str, pooled: Tensor) -> Tensor | None:
-        """Rows [B] whose best score is below ``SaptConfig.fallback``."""
-        limit = self.configs[adapter].fallback
-        return None if limit is None else self.scores(adapter, pooled).amax(dim=-1) < limit
 
     # --- a task's life --------------------------------------------------------------------------------------------
 
@@ -149,12 +144,24 @@ class RidgeRouter(Router):
         count = len(self.configs[adapter].tasks)
         if count > 1 and len(x) > 1:
             means, task = self.means(adapter), count - 1
-            scores = ridge.left_out_scores(x, gram, means, self.configs[adapter].ridge, task)
+            every = self.whole_gram(adapter)
+            scores = ridge.left_out_scores(x, every, means, self.configs[adapter].ridge, task)
             self.sapt_temperatures[adapter].weight.data[-1] = ridge.calibrated_temperature(scores, task)
 
     def solve(self, adapter: str) -> None:
-        solved = ridge.solve(self.sapt_gram[adapter].weight.data, self.means(adapter), self.configs[adapter].ridge)
+        solved = ridge.solve(self.whole_gram(adapter), self.means(adapter), self.configs[adapter].ridge)
         self.sapt_solved[adapter] = linear_from(solved.float())
+
+    def whole_gram(self, adapter: str) -> Tensor:
+        """``sapt_gram`` and what prompts that belong to no task add to it, a class of its own in each form."""
+        gram = self.sapt_gram[adapter].weight.data.double()
+        for rows in self.hooks.statistics.background(adapter):
+            gram = gram + ridge.second_moment(ridge.features(rows)).to(gram)
+        return gram
+
+    def on_background(self, adapter: str) -> None:
+        if any(self.fitted(adapter)):
+            self.solve(adapter)
 
     def resize(self, adapter: str, kept: list[int]) -> None:
         old = self.sapt_temperatures[adapter].weight.data

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -13,40 +12,6 @@ from torch import Tensor
 from ..config import SaptConfig
 from ..errors import SaptError, TaskError
 from ..pool_module import FreePoolModule, unshard
-from .packing import max_pool_segments, mean_pool_segments
-
-
-@dataclass(frozen=True)
-class Pooling:
-    """How token embeddings become one feature per prompt: of rows [B, S, d] -> [B, d], or of packed segments."""
-
-    rows: Callable[[Tensor, Tensor], Tensor]
-    segments: Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def mean_pool(embeddings: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the positions where ``mask`` is True: [B, S, d] -> [B, d] in float32; rows without any are NaN."""
-    summed = embeddings.float().masked_fill(~mask.unsqueeze(-1), 0.0).sum(dim=1)
-    return summed / mask.sum(dim=1, keepdim=True)  # 0 / 0 is NaN
-
-
-def max_pool(embeddings: Tensor, mask: Tensor) -> Tensor:
-    """Element-wise max over the positions where ``mask`` is True (SAPT, section 3.2).
-
-    Args:
-        embeddings: [B, S, d].
-        mask: [B, S], bool.
-
-    Returns:
-        [B, d] in float32; rows without any position are NaN, so that nobody mistakes them for a prompt.
-    """
-    masked = embeddings.float().masked_fill(~mask.unsqueeze(-1), -torch.inf)
-    pooled = masked.amax(dim=1)
-    return pooled.masked_fill(~mask.any(dim=1, keepdim=True), torch.nan)
-
-
-MAX = Pooling(max_pool, max_pool_segments)
-MEAN = Pooling(mean_pool, mean_pool_segments)
 
 
 class Router(FreePoolModule):
@@ -67,15 +32,12 @@ class Router(FreePoolModule):
     module_name: ClassVar[str]  # attribute on the base model; without "sapt_", which PEFT takes for a layer's part
     needs_replay: ClassVar[bool]  # whether it learns by gradient, so that ARM has to hold the attention of old tasks
     no_decay: ClassVar[tuple[str, ...]] = ()  # trainable containers that an optimizer must not decay
-    pooling: ClassVar[Pooling]
     description: ClassVar[str]  # in a model card: "For every prompt ... decides how much of each block answers it"
     keeps: ClassVar[str] = ""  # in a model card: what it keeps of the prompts, a sentence
 
     @classmethod
     def check_config(cls, config: SaptConfig) -> None:
         """Raises [`SaptError`] for fields that this kind does not take."""
-        if config.fallback is not None:
-            raise SaptError(f"SaptConfig.fallback is not for router={cls.kind!r}, which tells no row from the others.")
         if config.pool_padding:
             raise SaptError("SaptConfig.pool_padding reproduces the learned attention: it needs router='attention'.")
 
@@ -109,25 +71,24 @@ class Router(FreePoolModule):
 
         Args:
             state: as [`state_of`] gives it, or the same tensors out of a file.
-            pooled: prompts pooled by ``pooling``.
+            pooled: features of prompts, see [`features`].
         """
 
     def log_weights(self, adapter: str, pooled: Tensor) -> Tensor:
         """[`log_weights_of`] with the state of ``adapter``: [..., d] -> [..., T], float32."""
         return self.log_weights_of(self.state_of(adapter), self.configs[adapter], pooled)
 
-    def out_of_distribution(self, adapter: str, pooled: Tensor) -> Tensor | None:
-        """Rows [B] of pooled prompts [B, d] that no task claims and the base model answers; None if never any."""
-        return None
+    def attend(self, adapter: str, pooled: Tensor, training: bool = False) -> Tensor:
+        """Pooled prompts [B, d] -> weights [B, T]; uniform for a row without any prompt token, zero for a stranger.
 
-    def attend(self, adapter: str, pooled: Tensor) -> Tensor:
-        """Pooled prompts [B, d] -> weights [B, T]; uniform for a row without any prompt token."""
+        A stranger is answered by the base model alone. Rows in ``training`` are none.
+        """
         empty = pooled.isnan().any(dim=1, keepdim=True)
         filled = pooled.masked_fill(empty, 0.0)
         weights = self.log_weights(adapter, filled).exp()
-        foreign = self.out_of_distribution(adapter, filled)
-        if foreign is not None:
-            weights = weights.masked_fill(foreign.unsqueeze(1), 0.0)
+        strangers = None if training else self.hooks.statistics.strangers(adapter, filled)
+        if strangers is not None:
+            weights = weights.masked_fill(strangers.unsqueeze(1), 0.0)
         return torch.where(empty, torch.full_like(weights, 1 / weights.shape[1]), weights)
 
     @classmethod
@@ -166,6 +127,9 @@ class Router(FreePoolModule):
     def resize(self, adapter: str, kept: list[int]) -> None:
         """Let what is in no stack follow its tasks: ``kept`` are indices of before, -1 for a new task."""
 
+    def on_background(self, adapter: str) -> None:
+        """The pool knows other prompts that belong to no task than before."""
+
     def on_commit(self, adapter: str, pooled: Tensor) -> None:
         """The newest task is about to be committed, with these training prompts [n, d], n > 0."""
 
@@ -175,11 +139,11 @@ def state_key(container: str, parameter: str) -> str:
     return container if parameter == "weight" else f"{container}.{parameter}"
 
 
-def token_dim_of(config: SaptConfig) -> int:
+def feature_dim_of(config: SaptConfig) -> int:
     """Width of pooled prompts, which is known once the pool stands on a base model."""
-    if config.token_dim is None:
-        raise ValueError("SaptConfig.token_dim must be set before a router is built.")
-    return config.token_dim
+    if config.feature_dim is None:
+        raise ValueError("SaptConfig.feature_dim must be set before a router is built.")
+    return config.feature_dim
 
 
 def stacked(state: Mapping[str, Tensor], newest: str, old: str) -> Tensor:

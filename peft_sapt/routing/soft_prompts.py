@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..config import SaptConfig
 from ..errors import PromptError, SaptError, WeightsError
 from ..pool_module import FreePoolModule, Linears, linear_from, unshard
-from .caches import cache_among, is_filled, virtual_tokens
+from .caches import cache_among, is_filled, length_of, virtual_tokens
 from .notices import IGNORED_LABEL
 from .packing import segments_of
 from .prompt_mask import generate_has_dropped_mask, mask_in_place_of_none
@@ -93,6 +93,7 @@ def prepend_prompt(
     inputs: dict[str, Any],
     encoder_decoder: bool,
     generates: bool = False,
+    off: Tensor | None = None,
 ) -> tuple[dict[str, Any], Inserted | None]:
     """The arguments of a forward with the prompt ``mixed()`` [B, P, d] in front, P = ``length``, and where it stands,
     if its logits are to be cut out.
@@ -103,6 +104,7 @@ def prepend_prompt(
     Args:
         generates: the forward is one of a ``generate`` under way, which has a mask for a decoder-only model, but may
             drop one of all ones.
+        off: rows whose virtual tokens are masked, [B], bool, so that they are answered as without any.
 
     Raises:
         PromptError: packed rows, or a mask of more than two dimensions.
@@ -110,12 +112,13 @@ def prepend_prompt(
     """
     changed = dict(inputs)
     mask = inputs.get("attention_mask")
+    off = None if off is None or not bool(off.any()) else off
     if mask is not None and mask.dim() != 2:
         raise PromptError(f"attention_mask has {mask.dim()} dimensions: soft prompts need a mask [B, S].")
     encoded = inputs.get("encoder_outputs")
     if encoder_decoder and encoded is not None:
         if mask is not None and encoded[0].shape[1] == mask.shape[1] + length:
-            changed["attention_mask"] = longer_mask(mask, length)
+            changed["attention_mask"] = longer_mask(mask, length, off, at_end=True)
         return changed, None
     ids, (name, cache) = inputs.get("input_ids"), cache_among(inputs)
     takes = inspect.signature(module.forward).parameters
@@ -125,9 +128,11 @@ def prepend_prompt(
                 f"{name} was filled without this pool's soft prompts: start from the whole prompt, without it."
             )
         width = (ids if ids is not None else inputs["inputs_embeds"]).shape[1]
+        if mask is None and off is not None:
+            mask = torch.ones(len(off), length_of(cache) - length + width, dtype=torch.long, device=off.device)
         if mask is not None:
-            changed["attention_mask"] = longer_mask(mask, length)
-            changed.update(positions(takes, inputs, mask, changed["attention_mask"], length, width))
+            changed["attention_mask"] = longer_mask(mask, length, off)
+            changed.update(positions(takes, inputs, mask, changed["attention_mask"], length, width, off))
         elif inputs.get("position_ids") is not None:
             changed["position_ids"] = inputs["position_ids"] + length
         return changed, None
@@ -143,49 +148,62 @@ def prepend_prompt(
     elif mask is None:
         mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
     changed.pop("input_ids", None)
-    changed["inputs_embeds"] = insert_before_first(mixed().to(embeddings), embeddings, mask)  # [B, P + S, d]
-    changed["attention_mask"] = longer_mask(mask, length)
+    first = first_of(mask, off if encoder_decoder else None)
+    changed["inputs_embeds"] = insert_at(first, mixed().to(embeddings), embeddings)  # [B, P + S, d]
+    changed["attention_mask"] = longer_mask(mask, length, off, at_end=encoder_decoder)
     if encoder_decoder:
         return changed, None
-    changed.update(positions(takes, inputs, mask, changed["attention_mask"], length, length + width))
+    changed.update(positions(takes, inputs, mask, changed["attention_mask"], length, length + width, off))
     labels, kept = inputs.get("labels"), inputs.get("logits_to_keep")
     if labels is not None and labels.shape[1:2] == (width,):
-        changed["labels"] = insert_before_first(labels.new_full((len(labels), length), IGNORED_LABEL), labels, mask)
+        changed["labels"] = insert_at(first, labels.new_full((len(labels), length), IGNORED_LABEL), labels)
     if isinstance(kept, Tensor) and kept.dtype == torch.bool:
         changed["logits_to_keep"] = nn.functional.pad(kept, (length, 0))
     elif isinstance(kept, Tensor):
         changed["logits_to_keep"] = torch.where(kept < 0, kept, kept + length)
     elif isinstance(kept, int) and kept > width:
         changed["logits_to_keep"] = 0  # all of them
-    return changed, Inserted(first_of(mask), length + width)
+    return changed, Inserted(first, length + width)
 
 
-def first_of(mask: Tensor) -> Tensor:
-    """The first position that ``mask`` [B, S] has in each row: [B]."""
-    return mask.bool().int().argmax(dim=1)
+def first_of(mask: Tensor, at_end: Tensor | None = None) -> Tensor:
+    """The first position that ``mask`` [B, S] has in each row, or in rows ``at_end`` the one behind the last: [B]."""
+    first = mask.bool().int().argmax(dim=1)
+    return first if at_end is None else first.masked_fill(at_end, mask.shape[1])
 
 
-def longer_mask(mask: Tensor, length: int) -> Tensor:
-    """``mask`` [B, S] with ``length`` virtual tokens: [B, P + S]."""
-    return insert_before_first(mask.new_ones(len(mask), length), mask, mask)
+def longer_mask(mask: Tensor, length: int, off: Tensor | None = None, at_end: bool = False) -> Tensor:
+    """``mask`` [B, S] with ``length`` virtual tokens: [B, P + S]; in rows ``off`` [B] they are masked, and stand at
+    the end where a model counts positions by itself (``at_end``)."""
+    front = mask.new_ones(len(mask), length)
+    if off is not None:
+        front = front.masked_fill(off.unsqueeze(1), 0)
+    return insert_at(first_of(mask, off if at_end else None), front, mask)
 
 
-def insert_before_first(front: Tensor, tensor: Tensor, mask: Tensor) -> Tensor:
-    """``front`` [B, P, ...] put into ``tensor`` [B, S, ...] before the first position that ``mask`` has in a row."""
+def insert_at(first: Tensor, front: Tensor, tensor: Tensor) -> Tensor:
+    """``front`` [B, P, ...] put into ``tensor`` [B, S, ...] before position ``first`` [B]."""
     length, both = front.shape[1], torch.cat([front, tensor], dim=1)
-    first = first_of(mask).unsqueeze(1)  # [B, 1]
-    places = torch.arange(both.shape[1], device=mask.device).expand(len(both), -1)
+    first = first.unsqueeze(1)  # [B, 1]
+    places = torch.arange(both.shape[1], device=first.device).expand(len(both), -1)
     source = torch.where(places < first, places + length, torch.where(places < first + length, places - first, places))
-    return both[torch.arange(len(both), device=mask.device).unsqueeze(1), source]
+    return both[torch.arange(len(both), device=first.device).unsqueeze(1), source]
 
 
 def positions(
-    takes: Any, inputs: dict[str, Any], mask: Tensor, longer: Tensor, length: int, width: int
+    takes: Any,
+    inputs: dict[str, Any],
+    mask: Tensor,
+    longer: Tensor,
+    length: int,
+    width: int,
+    off: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Positions of the last ``width`` tokens of rows with virtual ones: those given, moved, or those of the mask.
 
     Args:
         mask, longer: without the virtual tokens, and with them.
+        off: rows that count as without them, [B].
     """
     if "position_ids" not in takes:
         return {}
@@ -193,11 +211,15 @@ def positions(
     if given is None:
         return {"position_ids": (longer.long().cumsum(dim=1) - 1).clamp(min=0)[:, -width:]}
     moved = given + length
+    if off is not None:
+        moved = torch.where(off.unsqueeze(1), given, moved)
     if width > given.shape[-1]:
         rows = moved.expand(*moved.shape[:-2], len(mask), -1).reshape(-1, len(mask), moved.shape[-1])  # [n, B, S]
         steps = torch.arange(-length, 0, device=moved.device)
         starts = rows.gather(2, first_of(mask).view(1, -1, 1).expand(len(rows), -1, 1))  # [n, B, 1]
-        moved = torch.stack([insert_before_first(s + steps, each, mask) for s, each in zip(starts, rows, strict=True)])
+        first = first_of(mask)
+        before = (starts + steps).clamp(min=0)
+        moved = torch.stack([insert_at(first, b, each) for b, each in zip(before, rows, strict=True)])
         moved = moved.reshape(*given.shape[:-2], len(mask), width)
     return {"position_ids": moved}
 

@@ -30,8 +30,12 @@ from ..errors import (
 from .fingerprint import Fingerprint
 from .overrides import accepted
 
-FORMAT_VERSION = 3
-OLDER = {1: "had the factors B as [out, r]", 2: "had one module for both routers and for what is kept of old tasks"}
+FORMAT_VERSION = 4
+OLDER = {
+    1: "had the factors B as [out, r]",
+    2: "had one module for both routers and for what is kept of old tasks",
+    3: "told prompts apart by other features and kept no statistics of them",
+}
 MANIFEST = "sapt_manifest"
 MAX_MANIFEST_BYTES = 64 * 2**20
 CURE = "Load an intact copy."

@@ -83,7 +83,7 @@ def kept(tmp_path_factory):
     """A committed pool of two tasks, saved, and the folder of its generators."""
     folder = tmp_path_factory.mktemp("kept")
     model = fresh_pool(target_modules="all-linear")
-    arm = ArmCallback(tokenizer(), generator=FAST, generator_folder=folder / "generators")
+    arm = ArmCallback(tokenizer(), replay="generated", generator=FAST, generator_folder=folder / "generators")
     for task in TASKS[:2]:
         if task not in model.tasks:
             model.add_task(task)
@@ -97,7 +97,9 @@ def kept(tmp_path_factory):
 def test_a_pool_opened_to_answer_stays_frozen(kept) -> None:
     folder, _ = kept
     model = PeftModel.from_pretrained(fresh_pool().unload(), folder / "open")
-    ArmCallback(tokenizer(), generator=FAST, generator_folder=folder / "generators").redraw(model, "a")
+    ArmCallback(tokenizer(), replay="generated", generator=FAST, generator_folder=folder / "generators").redraw(
+        model, "a"
+    )
     assert not any(p.requires_grad for p in model.parameters())
     assert model.active_adapter == "default" and model.peft_config["default"].inference_mode
 
@@ -125,7 +127,7 @@ def test_redrawing_needs_no_data(kept) -> None:
     model = reopened(folder)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     trains = {k for k, p in model.named_parameters() if p.requires_grad}
-    arm = ArmCallback(tokenizer(), generator=FAST, generator_folder=folder / "generators")
+    arm = ArmCallback(tokenizer(), replay="generated", generator=FAST, generator_folder=folder / "generators")
     arm.redraw(model, "a", count=25, seed=5)
     assert {k for k, p in model.named_parameters() if p.requires_grad} == trains and not model.training
     rows = model.base_model.hooks.memory.replay("default")
@@ -148,9 +150,9 @@ def test_redrawing_refuses_and_changes_nothing(kept, tmp_path) -> None:
     folder, _ = kept
     model = reopened(folder)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    arm = ArmCallback(tokenizer(), generator=FAST, generator_folder=tmp_path)
+    arm = ArmCallback(tokenizer(), replay="generated", generator=FAST, generator_folder=tmp_path)
     with pytest.raises(ReflectionError, match=r"needs ArmCallback\(generator_folder"):
-        ArmCallback(tokenizer()).redraw(model, "a")
+        ArmCallback(tokenizer(), replay="generated").redraw(model, "a")
     with pytest.raises(TaskError, match="no task 'z'"):
         arm.redraw(model, "z")
     with pytest.raises(ReflectionError, match=r"generator\.json is missing"):
@@ -179,7 +181,9 @@ def test_redrawing_refuses_and_changes_nothing(kept, tmp_path) -> None:
 
 def test_a_failed_reflect_keeps_no_texts(tmp_path) -> None:
     model = fresh_pool()
-    arm = ArmCallback(tokenizer(), min_pseudo_samples=3, generator=GeneratorSettings(epochs=1, max_draws=0))
+    arm = ArmCallback(
+        tokenizer(), replay="generated", min_pseudo_samples=3, generator=GeneratorSettings(epochs=1, max_draws=0)
+    )
     with pytest.raises(ReflectionError, match=r"0 usable pseudo-samples.*not committed"):
         trainer(model, tmp_path / "run", "a", [arm], max_steps=1).train()
     assert model.committed_tasks == [] and not arm.pseudo_samples and "a" in arm.reports

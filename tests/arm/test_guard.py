@@ -130,7 +130,7 @@ def test_drawing_goes_on_with_smaller_batches(tmp_path, monkeypatch, error) -> N
         return generate(*args, **kwargs)
 
     monkeypatch.setattr(model.base_model, "generate", limited)
-    arm = ArmCallback(tokenizer(), generator=FAST)
+    arm = ArmCallback(tokenizer(), replay="generated", generator=FAST)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer(model, tmp_path, "a", [arm]).train()
@@ -144,7 +144,7 @@ def test_not_one_row_fits(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(model.base_model, "generate", raising(torch.OutOfMemoryError("full")))
     with warnings.catch_warnings(), pytest.raises(ReflectionError, match="Not even one row"):
         warnings.simplefilter("ignore")
-        trainer(model, tmp_path, "a", [ArmCallback(tokenizer(), generator=FAST)]).train()
+        trainer(model, tmp_path, "a", [ArmCallback(tokenizer(), replay="generated", generator=FAST)]).train()
     assert model.committed_tasks == [] and model.tasks == ["a"]
 
 
@@ -152,4 +152,4 @@ def test_other_errors_of_generation_are_not_swallowed(tmp_path, monkeypatch) -> 
     model = fresh_pool()
     monkeypatch.setattr(model.base_model, "generate", raising(RuntimeError("odd shape")))
     with pytest.raises(RuntimeError, match="odd shape"):
-        trainer(model, tmp_path, "a", [ArmCallback(tokenizer(), generator=FAST)]).train()
+        trainer(model, tmp_path, "a", [ArmCallback(tokenizer(), replay="generated", generator=FAST)]).train()

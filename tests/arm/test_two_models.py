@@ -26,7 +26,9 @@ def texts_in(folder) -> dict[str, list[str]]:
 def two(tmp_path_factory):
     """Two pools whose first task has one name, trained in turns under one callback on rows of different tasks."""
     folder = tmp_path_factory.mktemp("two")
-    arm = ArmCallback(tokenizer(), generator=FAST, generator_folder=folder / "generators", min_pseudo_samples=4)
+    arm = ArmCallback(
+        tokenizer(), replay="generated", generator=FAST, generator_folder=folder / "generators", min_pseudo_samples=4
+    )
     models, told = [fresh_pool(), fresh_pool()], []
     for model, rows in zip(models, ("a", "b"), strict=True):
         trainer(model, folder, rows, [arm]).train()
@@ -128,7 +130,10 @@ def test_a_trainer_copied_with_its_callback_goes_on(tmp_path) -> None:
 
 
 def test_ridge_reports_and_no_texts(tmp_path) -> None:
-    arm, models = ArmCallback(tokenizer()), [fresh_pool(router="ridge"), fresh_pool(router="ridge")]
+    arm, models = (
+        ArmCallback(tokenizer(), replay="generated"),
+        [fresh_pool(router="ridge"), fresh_pool(router="ridge")],
+    )
     for model, rows in zip(models, ("a", "b"), strict=True):
         trainer(model, tmp_path, rows, [arm]).train()
         save_pool(model, tmp_path / rows, arm)
@@ -137,7 +142,7 @@ def test_ridge_reports_and_no_texts(tmp_path) -> None:
 
 def test_texts_beside_a_named_adapter_are_its_own(tmp_path) -> None:
     """PEFT saves it into a folder of its name."""
-    arm = ArmCallback(tokenizer(), generator=FAST, min_pseudo_samples=4)
+    arm = ArmCallback(tokenizer(), replay="generated", generator=FAST, min_pseudo_samples=4)
     models, texts = [], []
     for rows in ("a", "b"):
         torch.manual_seed(0)

@@ -8,12 +8,12 @@ import unseen as subject
 from unseen import score_unseen
 
 from helpers.bench import tiny_bench
-from peft_sapt.continual.sapt import RECIPES, learn_pool
+from peft_sapt.continual.sapt import Recipe, learn_pool
 
 
 def test_each_score_comes_from_its_own_weights(tmp_path, monkeypatch) -> None:
     bench = tiny_bench(tmp_path)
-    model, _, _ = learn_pool(bench, RECIPES["sapt-ridge"])
+    model, _, _ = learn_pool(bench, Recipe(config={"router": "ridge", "fallback": None}))
     bench.stream["other"] = {"test": [{"instruction": "", "input": "i j k l", "output": ["i"]}] * 3}
     asked, evaluate = [], subject.evaluate
 

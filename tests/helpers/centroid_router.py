@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from peft_sapt.errors import TaskError
 from peft_sapt.pool_module import linear_from
 from peft_sapt.routing import Router
-from peft_sapt.routing.router import MEAN, stacked
+from peft_sapt.routing.router import stacked
 
 
 class CentroidRouter(Router):
     """``softmax(cos(x, c_t) / 0.1)`` with ``c_t`` [1, d] the mean of task t's mean-pooled prompts."""
 
     kind, module_name = "centroid", "centroid_router"
-    needs_replay, pooling = False, MEAN
+    needs_replay = False
     description = "the nearest class centroid"
     keeps = "Of the prompts the pool keeps one centroid per task."
     other_param_names = ("sapt_centroid", "sapt_old_centroids")
@@ -24,13 +24,13 @@ class CentroidRouter(Router):
     def update_layer(self, adapter, config, device):
         self.configs[adapter] = config
         make = torch.zeros if config.init_weights else torch.randn
-        *old, newest = make(len(config.tasks), config.token_dim, device=device).split(1)
+        *old, newest = make(len(config.tasks), config.feature_dim, device=device).split(1)
         self.sapt_centroid[adapter] = linear_from(newest)
         if old:
             self.sapt_old_centroids[adapter] = linear_from(torch.cat(old))
 
     def newest_part(self, adapter, rank):
-        return {"sapt_centroid": torch.zeros(1, self.configs[adapter].token_dim)}
+        return {"sapt_centroid": torch.zeros(1, self.configs[adapter].feature_dim)}
 
     @staticmethod
     def log_weights_of(state, config, pooled):

@@ -81,7 +81,7 @@ def golden_pool(stem: str, **config) -> tuple[PeftModel, dict[str, Tensor]]:
     base, pool = read(FOLDER / f"{kind}_base.safetensors"), read(FOLDER / f"{stem}.safetensors")
     task_type = "CAUSAL_LM" if kind.startswith("llama") else "SEQ_2_SEQ_LM"
     tasks = [f"task_{i}" for i in range(int(count))]
-    settings = SaptConfig(task_type=task_type, r=4, lora_alpha=32, tasks=tasks, **config)
+    settings = SaptConfig(task_type=task_type, r=4, lora_alpha=32, tasks=tasks, features="max", **config)
     model = get_peft_model(base_model(kind, base), settings)
     attention = model.base_model.attention
     with torch.no_grad():

@@ -97,7 +97,11 @@ def learn(folder: Path) -> None:
             output_dir=str(folder / f"trainer-{name}"), max_steps=8, save_steps=2, per_device_train_batch_size=8,
             learning_rate=5e-3, report_to="none", use_cpu=True, disable_tqdm=True, seed=0, logging_steps=4,
         )  # fmt: skip
-        arm = ArmCallback(tokenizer(), generator=GeneratorSettings(epochs=20, learning_rate=2e-2, lora_dropout=0.0))
+        arm = ArmCallback(
+            tokenizer(),
+            replay="generated",
+            generator=GeneratorSettings(epochs=20, learning_rate=2e-2, lora_dropout=0.0),
+        )
         trainer = Trainer(
             model=model, args=args, train_dataset=rows_of(name), data_collator=collate, callbacks=[Phases(name), arm],
             optimizers=create_optimizer(model, args, attention_lr=1e-3),

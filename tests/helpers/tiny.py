@@ -59,7 +59,7 @@ def build_pool(family: str, tasks: list[str], seed: int = 0, **config) -> PeftMo
     task_type, make = FAMILIES[family]
     torch.manual_seed(seed)
     ranks = [2 + i % 3 for i in range(len(tasks))]
-    settings = {"tasks": tasks, "task_ranks": ranks, "init_weights": False, "temperature": 0.3, **config}
+    settings = {"tasks": tasks, "task_ranks": ranks, "init_weights": False, "temperature": 0.4, **config}
     model = get_peft_model(make(), SaptConfig(task_type=task_type, **settings))
     embedding = model.get_base_model().get_input_embeddings().weight
     with torch.no_grad():
@@ -113,3 +113,13 @@ def grow(model, name: str, **block) -> None:
     if model.current_task not in model.committed_tasks:
         commit(model)
     model.add_task(name, **block)
+
+
+def watch_weights(layers, seen: list) -> list:
+    """Note in ``seen`` by which weights ``layers`` mix, in each forward with blocks; handles to end it."""
+
+    def note(layer, args) -> None:
+        if not layer.forward_state.blocks_are_off:
+            seen.append(layer.forward_state.weights.detach().clone())
+
+    return [layer.register_forward_pre_hook(note) for layer in layers]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import pipeline
 
-from helpers.tiny import assert_real_pool, build_pool, padded, tiny_llama, token_rows
+from helpers.tiny import assert_real_pool, build_pool, padded, tiny_llama, token_rows, watch_weights
 from helpers.words import tokenizer
 from helpers.zoo import pool_of
 
@@ -55,7 +55,7 @@ def test_sampling_repeats_with_its_seed(pool) -> None:
     assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
     seen = []
     layer = next(m for m in pool.modules() if hasattr(m, "sapt_A"))
-    handle = layer.register_forward_pre_hook(lambda m, a: seen.append(m.forward_state.weights.clone()))
+    (handle,) = watch_weights([layer], seen)
     pool.generate(**padded(ROWS), **settings)
     handle.remove()
     single = torch.cat([pool.attention_weights(**padded([row])) for row in ROWS])

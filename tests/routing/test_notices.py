@@ -65,7 +65,9 @@ def test_with_a_prompt_mask_nothing_is_said_and_no_answer_is_read(kind: str, tmp
     model = build_pool("llama", TASKS).eval()
     queries = []
     attend = model.base_model.router.attend
-    model.base_model.router.attend = lambda adapter, pooled: (queries.append(pooled), attend(adapter, pooled))[1]
+    model.base_model.router.attend = lambda name, pooled, *more: (queries.append(pooled), attend(name, pooled, *more))[
+        1
+    ]
     run = evaluation(kind, model, tmp_path, PromptMaskCollator(collate))
     assert told(run.evaluate) == []
     expected = model.pooled_prompts([padded([row["input_ids"][:-1] for row in ROWS])])

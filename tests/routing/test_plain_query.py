@@ -86,8 +86,9 @@ def test_weights_in_training_are_those_of_inference(family: str, router: str, bl
     pool(**batch, labels=labels)
     torch.testing.assert_close(seen[0], inference)
     pooled = hooks.memory.seen("default")[0]
-    pooling = hooks.router_of("default").pooling
-    torch.testing.assert_close(pooled, pooling.rows(expected, batch["attention_mask"].bool()))
+    mask, own = batch["attention_mask"].bool(), hooks.config_of("default")
+    reader, base = hooks.reader, hooks.base.get_encoder() if task_type == "SEQ_2_SEQ_LM" else hooks.base
+    torch.testing.assert_close(pooled, reader.features(base, own, None, expected, mask, None, remember=False))
 
 
 @pytest.mark.parametrize("alpha", [None, 5.0])

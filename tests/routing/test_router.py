@@ -129,7 +129,7 @@ def test_segments_are_pooled_like_rows() -> None:
 
 def test_a_stream_without_replay(tmp_path) -> None:
     """Gates open before the first step, old tasks keep their prompts, no row is stored, and old sums never change."""
-    pool, arm, sums = fresh_pool(router="ridge"), ArmCallback(tokenizer()), {}
+    pool, arm, sums = fresh_pool(router="ridge", fallback=None), ArmCallback(tokenizer()), {}
     for name in TASKS:
         if name not in pool.tasks:
             pool.add_task(name)
@@ -150,7 +150,7 @@ def test_a_stream_without_replay(tmp_path) -> None:
     trained = {n for n, p in pool.named_parameters() if p.requires_grad}
     assert not [n for n in trained if "shared_attention" in n]
     # the order of the tasks changes nothing
-    reverse = fresh_pool(router="ridge")
+    reverse = fresh_pool(router="ridge", fallback=None)
     for name in reversed(TASKS):
         if reverse.tasks == ["a"] and name == "c":
             reverse = get_peft_model(
@@ -180,8 +180,8 @@ def test_saved_and_loaded_and_learned_on(tmp_path, low_memory: bool) -> None:
     batch = padded(ROWS)
     with torch.no_grad():
         assert torch.equal(loaded(**batch).logits, pool(**batch).logits)
-    before = {name: {k: digest(v) for k, v in loaded.task_state(name).items()} for name in "abc"}
     commit(loaded)
+    before = {name: {k: digest(v) for k, v in loaded.task_state(name).items()} for name in "abc"}
     loaded.add_task("d")
     assert float(loaded.attention_weights(**batch)[:, 3].max()) == 0.0, "the router cannot know this task yet"
     loaded.fit_router([batch])
@@ -267,8 +267,10 @@ def test_refusals() -> None:
     learned = build_pool("llama", ["a", "b", "c"])
     with pytest.raises(TaskError, match="router='ridge'"):
         learned.fit_router([padded(ROWS)])
-    with pytest.raises(SaptError, match=r"fallback needs router='ridge'"):
-        SaptConfig(fallback=0.5)
+    with pytest.raises(SaptError, match=r"SaptConfig\.fallback must be 'auto', a number or None"):
+        SaptConfig(fallback="often")
+    with pytest.raises(SaptError, match=r"pool_padding.*features='max'"):
+        SaptConfig(pool_padding=True, features="both")
     with pytest.raises(SaptError, match=r"pool_padding.*router='attention'"):
         SaptConfig(router="ridge", pool_padding=True)
     with pytest.raises(SaptError, match=r"SaptConfig\.ridge must be a positive number"):
@@ -291,7 +293,7 @@ def test_refusals() -> None:
     with pytest.raises(TaskError, match=r"seen task 'a' already"):
         pool.fit_router([batch])
     pool.train()(**batch, labels=labels)
-    arm = ArmCallback(tokenizer())
+    arm = ArmCallback(tokenizer(), replay="generated")
     with pytest.raises(ReflectionError, match="needs no replay"):
         arm.penalty(pool)
 
@@ -299,14 +301,14 @@ def test_refusals() -> None:
 def test_a_resumed_run_is_bit_identical(tmp_path) -> None:
     finals = []
     for resume in (False, True):
-        pool, arm = fresh_pool(router="ridge"), ArmCallback(tokenizer())
+        pool, arm = fresh_pool(router="ridge"), ArmCallback(tokenizer(), replay="generated")
         trainer(pool, tmp_path / "first", "a", [arm]).train()
         pool.add_task("b")
         folder = tmp_path / str(resume)
         settings_ = {"save_strategy": "steps", "save_steps": 6, "max_steps": 12}
         if resume:
             state = copy.deepcopy(pool)
-            trainer(state, folder, "b", [ArmCallback(tokenizer())], **settings_).train()
+            trainer(state, folder, "b", [ArmCallback(tokenizer(), replay="generated")], **settings_).train()
             trainer(pool, folder, "b", [arm], **settings_).train(resume_from_checkpoint=str(folder / "checkpoint-6"))
         else:
             trainer(pool, folder, "b", [arm], **settings_).train()

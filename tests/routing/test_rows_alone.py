@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import StaticCache
 
-from helpers.tiny import CACHE, assert_real_pool, build_pool, padded, token_rows
+from helpers.tiny import CACHE, assert_real_pool, build_pool, padded, token_rows, watch_weights
 
 ROWS = token_rows([5, 9, 1, 14, 7, 3, 11, 6])
 
@@ -77,7 +77,7 @@ def weights_used(model, call) -> torch.Tensor:
     """The weights that reach the layers during ``call``."""
     seen = []
     layer = next(m for m in model.modules() if hasattr(m, "sapt_A"))
-    handle = layer.register_forward_pre_hook(lambda m, args: seen.append(m.forward_state.weights.detach().clone()))
+    (handle,) = watch_weights([layer], seen)
     call()
     handle.remove()
     return seen[0]
@@ -91,7 +91,7 @@ def test_generation_holds_the_weights_of_the_prompt(pool, beams: int) -> None:
     assert_real_pool(expected)
     seen = []
     layers = [m for m in pool.modules() if hasattr(m, "sapt_A")]
-    handles = [m.register_forward_pre_hook(lambda m, a: seen.append(m.forward_state.weights.clone())) for m in layers]
+    handles = watch_weights(layers, seen)
     cached = pool.generate(**batch, **settings)
     for handle in handles:
         handle.remove()

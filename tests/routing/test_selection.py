@@ -109,8 +109,9 @@ def test_a_held_cache_keeps_only_the_blocks_that_count(family: str) -> None:
     used = set()
 
     def watched(self, *args, **kwargs):
-        if self.forward_state.mixture.few_scales is not None:
-            used.add(self.forward_state.mixture.few_scales.shape[-1])
+        mixture = self.forward_state.mixture
+        if mixture is not None and mixture.few_scales is not None:
+            used.add(mixture.few_scales.shape[-1])
         return gathered(self, *args, **kwargs)
 
     layer = next(type(m) for m in pool.modules() if isinstance(m, SaptLayer))

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 
-from helpers import tiny
+from helpers import steps, tiny
 from helpers.steps import digests, logits, step
 from helpers.tiny import CACHE, PAD, assert_real_pool, build_pool, grow, labelled, padded, tiny_llama, token_rows
 from helpers.training import arguments, own_weights
@@ -223,7 +223,7 @@ def test_the_life_cycle(family, router, tmp_path) -> None:
     assert torch.equal(plain, logits(bare(pool))) and not torch.equal(plain, expected)
     pool.remove_task("b")
     assert pool.tasks == ["a", "c"] and digests(pool, "a") == known["a"] and prompts(pool).shape[0] == 2
-    weights = pool.attention_weights(**padded(ROWS))
+    weights = pool.attention_weights(**padded(steps.ROWS))
     loaded.remove_task("b")
     torch.testing.assert_close(logits(loaded, sapt_weights=weights), logits(pool))
 

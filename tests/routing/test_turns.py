@@ -41,7 +41,7 @@ def queries(model, call) -> torch.Tensor:
     """What the router is asked while ``call`` runs."""
     found, router = [], model.base_model.router
     attend = type(router).attend
-    router.attend = lambda adapter, pooled: (found.append(pooled), attend(router, adapter, pooled))[1]
+    router.attend = lambda adapter, pooled, *more: (found.append(pooled), attend(router, adapter, pooled, *more))[1]
     try:
         call()
     finally:

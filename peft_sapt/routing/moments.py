@@ -1,0 +1,74 @@
+"""Mean and low-rank covariance of a task's prompts, and draws from the normal distribution that has them."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+EXACT = 640  # rows or columns up to which all singular values are computed
+
+
+class Moments(NamedTuple):
+    """``mean`` [d] of a task's features, ``left`` [d], the standard deviations beside the ``directions`` [k, d], each
+    as long as the standard deviation along it; and the number of prompts."""
+
+    mean: Tensor
+    left: Tensor
+    directions: Tensor
+    rows: int
+
+    @classmethod
+    def of(cls, features: Tensor, rank: int) -> Moments:
+        """Of features [n, d], with ``rank`` directions, or as many as n rows have; the others are zero."""
+        x = features.double()
+        mean, centred = x.mean(dim=0), x - x.mean(dim=0)
+        sizes, axes = leading(centred / math.sqrt(max(1, len(x) - 1)), rank)
+        k = min(rank, len(x) - 1, len(axes))
+        directions = torch.zeros(rank, x.shape[1], dtype=x.dtype, device=x.device)
+        directions[:k] = axes[:k] * sizes[:k, None]
+        varies = centred.square().sum(dim=0) / max(1, len(x) - 1)
+        left = (varies - directions.square().sum(dim=0)).clamp(min=0).sqrt()
+        return cls(mean.float(), left.float(), directions.float(), len(x))
+
+    def stacked(self) -> Tensor:
+        """As one part of a pool, [k + 2, d]."""
+        return torch.cat([self.mean[None], self.left[None], self.directions])
+
+    def second_moment(self) -> Tensor:
+        """``E[x x^T]`` for x with a 1 appended: [d + 1, d + 1] in float64."""
+        x = torch.cat([self.mean.double(), self.mean.new_ones(1, dtype=torch.float64)])
+        directions = self.directions.double()
+        found = torch.outer(x, x)
+        found[:-1, :-1] += directions.mT @ directions + torch.diag(self.left.double().square())
+        return found
+
+
+def leading(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The largest singular values of ``rows`` [n, d] and their directions [., d], at least ``count`` if there are."""
+    if min(rows.shape) <= EXACT:
+        _, sizes, axes = torch.linalg.svd(rows, full_matrices=False)
+        return sizes, axes
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        _, sizes, axes = torch.svd_lowrank(rows.cpu(), q=2 * count + 16, niter=6)
+    return sizes.to(rows.device), axes.mT.to(rows.device)
+
+
+def noise_of(moments: Moments, count: int, generator: torch.Generator) -> Tensor:
+    """Draws [count, d] around 0 with the covariance of ``moments``."""
+    along = along_directions(moments, count, generator)
+    return along + moments.left * normal((count, len(moments.left)), generator, along.device)
+
+
+def along_directions(moments: Moments, count: int, generator: torch.Generator) -> Tensor:
+    """Draws [count, d] around 0 that vary in the directions of ``moments`` alone."""
+    directions = moments.directions
+    return normal((count, len(directions)), generator, directions.device) @ directions
+
+
+def normal(shape: tuple[int, ...] | torch.Size, generator: torch.Generator, device: torch.device) -> Tensor:
+    """Standard normal numbers, drawn on the CPU: the same on every device and in every process."""
+    return torch.randn(shape, generator=generator).to(device)

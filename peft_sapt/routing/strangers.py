@@ -1,0 +1,129 @@
+"""Which prompts no task claims: ridge regression on the tasks, with prompts that belong to none as further classes.
+
+Everyday prompts, as a user types them, in each form that they may come in (bare, in the wrapper of a task's own
+prompts, in the chat template), are one class each beside the T tasks. With x the features of a prompt and a 1
+appended, the scores are those of the regression of one-hot labels in which each class weighs the same (see [`ridge`]),
+
+    s(x) = W x,   W = [m_1 ... m_T+K]^T (sum_c E_c[x x^T] + ridge * tr / D * I)^-1,
+
+where a task's part follows from its statistics alone. A prompt's margin for task t is ``s_t - max_k s_k`` over the K
+classes of everyday prompts. A task claims a prompt whose margin is not below its limit; what no task claims is a
+stranger. Limits come from prompts left out of the regression: so low that of everyday prompts in any form at most
+``EVERYDAY_CLAIMED`` are claimed, and never so high that more than ``OWN_AWAY`` of a task's own would be strangers.
+All of it is computed in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .moments import Moments
+from .ridge import solve as solved
+
+RIDGE = 0.1  # regulariser, as a share of the features' mean variance
+FOLDS = 4
+OWN_AWAY = 0.005  # quantile of a task's own margins, left out, above which its limit never lies
+EVERYDAY_CLAIMED = 0.03  # share of everyday prompts, left out, that may be claimed in the worst form
+
+
+def with_one(features: Tensor) -> Tensor:
+    """[n, d] -> [n, d + 1] in float64."""
+    x = features.double()
+    return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1)
+
+
+class Sums:
+    """What a regression needs of some classes: the sum of their second moments [D, D], and their means [C, D]."""
+
+    def __init__(self, gram: Tensor | float = 0.0, means: Sequence[Tensor] = ()) -> None:
+        self.gram, self.means = gram, list(means)
+
+    def of(self, gram: Tensor, mean: Tensor) -> Sums:
+        """The same with one more class."""
+        return Sums(self.gram + gram, [*self.means, mean])
+
+    def task(self, moments: Moments) -> Sums:
+        return self.of(moments.second_moment(), with_one(moments.mean))
+
+    def rows(self, features: Tensor) -> Sums:
+        x = with_one(features)
+        return self.of(x.mT @ x / len(x), x.mean(dim=0))
+
+    def solve(self) -> Tensor:
+        """W [C, D]."""
+        return solved(torch.as_tensor(self.gram), torch.stack(self.means), RIDGE)
+
+
+def sums_of(tasks: Sequence[Moments], background: Sequence[Tensor]) -> Sums:
+    found = Sums()
+    for moments in tasks:
+        found = found.task(moments)
+    for rows in background:
+        found = found.rows(rows)
+    return found
+
+
+def detector(moments: Sequence[Moments | None], background: Sequence[Tensor], width: int) -> Tensor:
+    """W [T + K, width]; rows of zeros for tasks of which nothing is known."""
+    known = [m for m in moments if m is not None]
+    if not known:
+        return torch.zeros(len(moments) + len(background), width, dtype=torch.float64)
+    found = iter(sums_of(known, background).solve())
+    rows = [torch.zeros(width, dtype=torch.float64) if m is None else next(found) for m in moments]
+    return torch.stack([*(row.to(known[0].mean.device) for row in rows), *found])
+
+
+def scores(features: Tensor, weights: Tensor) -> Tensor:
+    """``W x`` of features [n, d]: [n, T + K], in float64."""
+    return with_one(features) @ weights.double().mT
+
+
+def margins(features: Tensor, weights: Tensor, count: int) -> Tensor:
+    """``s_t - max_k s_k`` of features [n, d] for each of ``count`` tasks: [n, count], in float64."""
+    found = scores(features, weights)  # [n, T + K]
+    return found[..., :count] - found[..., count:].amax(dim=-1, keepdim=True)
+
+
+def are_strangers(features: Tensor, weights: Tensor, limits: Tensor) -> Tensor:
+    """Which of the prompts [n, d] no task claims, [n]; ``weights`` [T + K, d + 1], ``limits`` [T, 1]."""
+    count = len(limits)
+    if len(weights) == count:
+        return torch.zeros(len(features), dtype=torch.bool, device=features.device)
+    return (margins(features, weights, count) < limits.double().mT).all(dim=-1)
+
+
+def folds_of(rows: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Rows [n, d] as pairs: those that stay, and those that are left out."""
+    number = torch.arange(len(rows), device=rows.device) % FOLDS
+    return [(rows[number != fold], rows[number == fold]) for fold in range(min(FOLDS, len(rows)))]
+
+
+def left_out_margins(own: Tensor, others: Sequence[Moments], background: Sequence[Tensor], rank: int) -> Tensor:
+    """Each of a task's own prompts [n, d] by a regression that has not seen it: its best margin, [n]."""
+    rest, found = sums_of(others, background), []
+    for kept, left in folds_of(own):
+        if not len(kept):
+            return torch.zeros(0, dtype=torch.float64, device=own.device)
+        moments = Moments.of(kept, rank)
+        weights = Sums(rest.gram, [*rest.means[: len(others)], with_one(moments.mean), *rest.means[len(others) :]])
+        weights.gram = rest.gram + moments.second_moment()
+        found.append(margins(left, weights.solve(), len(others) + 1).amax(dim=-1))
+    return torch.cat(found)
+
+
+def background_limit(tasks: Sequence[Moments], background: Sequence[Tensor]) -> float:
+    """The margin that at most ``EVERYDAY_CLAIMED`` of everyday prompts, left out, exceed in their worst form."""
+    parts = [folds_of(rows) for rows in background]
+    known = sums_of(tasks, [])
+    found: list[list[Tensor]] = [[] for _ in background]
+    for fold in range(min(len(part) for part in parts)):
+        sums = known
+        for part in parts:
+            sums = sums.rows(part[fold][0])
+        weights = sums.solve()
+        for k, part in enumerate(parts):
+            found[k].append(margins(part[fold][1], weights, len(tasks)).amax(dim=-1))
+    return max(float(torch.cat(margin).quantile(1 - EVERYDAY_CLAIMED)) for margin in found)
