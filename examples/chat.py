@@ -2,9 +2,10 @@ r"""Chat with a pool in the terminal; each answer says which tasks gave it.
 
     python examples/chat.py --pool quickstart-out/pool --wrap '{}\nOutput:'
 
-A prompt is told by its wording, so write it as in training: `--wrap` says how; without it lines go through the chat
-template. The first turn decides the mixture, and the cache holds it for the whole conversation. `/task NAME` asks one
-task by name, `/auto` goes back to the attention, `/new` begins a new conversation, `/quit` ends.
+`--wrap` says how a line is written, as in training; without it lines go through the chat template. Each turn has the
+mixture of its own prompt, and what no task claims is answered by the base model; with `--turns first` the first turn
+decides for the whole conversation. `/task NAME` asks one task by name, `/auto` goes back to the attention, `/new`
+begins a new conversation, `/quit` ends.
 """
 
 from __future__ import annotations
@@ -21,44 +22,45 @@ from peft_sapt.errors import SaptError
 
 
 class Conversation:
-    """Turns on one KV cache, which carries the weights of its first prompt."""
+    """Turns on one KV cache, each answered by the mixture of its own prompt or all by that of the first."""
 
-    def __init__(self, served: Served, max_new_tokens: int, wrap: str | None = None) -> None:
-        self.served, self.max_new_tokens, self.wrap = served, max_new_tokens, wrap
+    def __init__(self, served: Served, max_new_tokens: int, wrap: str | None = None, turns: str = "each") -> None:
+        self.served, self.max_new_tokens, self.wrap, self.mixture_of = served, max_new_tokens, wrap, turns
         self.task: str | None = None
         self.begin()
 
     def begin(self) -> None:
         """Forget the conversation."""
         self.turns: list[dict[str, str]] = []
-        self.weights: dict[str, float] = {}
+        self.weights: dict[str, float] | None = None  # of the last turn; empty where the base model answered it
         self.cache = DynamicCache(config=self.served.model.config)
         self.ids = torch.zeros(1, 0, dtype=torch.long, device=self.served.model.device)  # what the cache holds,
         self.read = ""  # and as text
 
-    def text(self) -> str:
-        """The conversation so far as the model reads it."""
+    def text(self, turns: list[dict[str, str]]) -> str:
+        """Some turns of the conversation as the model reads them."""
         tokenizer = self.served.tokenizer
         if self.wrap is not None:
-            asked = [self.wrap.format(t["content"]) if t["role"] == "user" else t["content"] for t in self.turns]
+            asked = [self.wrap.format(t["content"]) if t["role"] == "user" else t["content"] for t in turns]
             return "\n".join(asked)
         if tokenizer.chat_template is not None:
-            return tokenizer.apply_chat_template(self.turns, tokenize=False, add_generation_prompt=True)
-        return "\n".join(turn["content"] for turn in self.turns) + "\n"
+            return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return "\n".join(turn["content"] for turn in turns) + "\n"
 
     @torch.no_grad()
     def say(self, text: str) -> str:
         """The answer to one more turn."""
         self.turns.append({"role": "user", "content": text})
-        whole = self.text()
+        whole = self.text(self.turns)
         if not whole.startswith(self.read):  # a template that rewrites earlier turns: read it all again
             self.cache, self.ids, self.read = DynamicCache(config=self.served.model.config), self.ids[:, :0], ""
         new = self.served.encode(whole[len(self.read) :])["input_ids"]
         ids = torch.cat([self.ids, new], dim=1)  # [1, S]
-        if not self.weights:
+        if self.weights is None or self.mixture_of == "each":
             named = {name: float(name == self.task) for name in self.served.tasks}
-            self.weights = self.served.weights(whole) if self.task is None else named
-        row = torch.tensor([[self.weights[name] for name in self.served.tasks]])
+            asked = self.text(self.turns[-1:])
+            self.weights = self.served.weights(asked) if self.task is None else named
+        row = torch.tensor([[self.weights.get(name, 0.0) for name in self.served.tasks]])
         tokens = self.served.model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), sapt_weights=row, do_sample=False,
             max_new_tokens=self.max_new_tokens, **{cache_argument(self.served.model.get_base_model()): self.cache},
@@ -102,6 +104,7 @@ def main() -> int:
     parser = pool_parser(__doc__.splitlines()[0])
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--wrap", help=r"how a line is written in place of the chat template, such as '{}\nOutput:'")
+    parser.add_argument("--turns", choices=("each", "first"), default="each", help="whose prompt decides the mixture")
     parser.add_argument("--say", action="append", default=[], help="a line, in place of the keyboard; repeat it")
     args = parser.parse_args()
     try:
@@ -110,15 +113,17 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 1
     wrap = None if args.wrap is None else args.wrap.replace("\\n", "\n")
-    talk = Conversation(served, args.max_new_tokens, wrap)
-    print(f"Tasks: {', '.join(served.tasks)}. /task NAME, /auto, /new, /quit.")
+    talk = Conversation(served, args.max_new_tokens, wrap, args.turns)
+    decides = "each turn by its own prompt" if args.turns == "each" else "all turns by the first prompt"
+    print(f"Tasks: {', '.join(served.tasks)}; {decides}. /task NAME, /auto, /new, /quit.")
     for line in lines_from(args.say):
         if line.startswith("/"):
             print(talk.command(line))
         elif line:
             print(talk.say(line))
-            shares = sorted(talk.weights.items(), key=lambda pair: -pair[1])
-            print("  [" + ", ".join(f"{name} {weight:.2f}" for name, weight in shares[:4]) + "]")
+            shares = sorted((talk.weights or {}).items(), key=lambda pair: -pair[1])
+            told = ", ".join(f"{name} {weight:.2f}" for name, weight in shares[:4])
+            print(f"  [{told or 'the base model: no task claims this'}]")
     return 0
 
 

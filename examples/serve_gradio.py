@@ -28,11 +28,15 @@ def respond(served: Served, prompt: str, allowed: list[str], compare: bool, leng
         found = served.answer(prompt, weights, int(length))
     except SaptError as error:
         raise gr.Error(str(error), print_exception=False) from None
-    assert weights is not None
     base = served.answer(prompt, None, int(length)).text if compare else ""
-    lead = max(weights, key=lambda name: weights[name])
-    note = f"**{lead}** leads with {weights[lead]:.0%}; {found.seconds:.1f} s"
-    return found.text, weights, note, gr.update(value=base, visible=compare)
+    lead = max(weights or {}, key=lambda name: weights[name], default=None)
+    who = f"**{lead}** leads with {weights[lead]:.0%}" if lead else "No task claims it: **the base model** answers"
+    return (
+        found.text,
+        weights or {"the base model": 1.0},
+        f"{who}; {found.seconds:.1f} s",
+        gr.update(value=base, visible=compare),
+    )
 
 
 def build(served: Served, pool: Path) -> gr.Blocks:

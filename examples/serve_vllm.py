@@ -3,7 +3,8 @@
     python examples/serve_vllm.py --pool quickstart-out/pool --prompts prompts.txt
 
 A mixture of blocks with fixed weights is a LoRA of rank sum(r_t), so a server of per-request LoRAs can answer with it.
-The pool itself runs here only for its attention, which needs the embeddings and no layer. vLLM was never run with this
+The pool itself runs here only for its attention, which needs the lowest layers of the base model (features="hidden")
+or its embeddings alone. A prompt that no task claims is answered without any LoRA. vLLM was never run with this
 script; the folders it hands over are tested against the pool with plain PEFT (tests/examples/test_serving.py).
 """
 
@@ -55,18 +56,20 @@ class Mixtures:
         return fitting[0]
 
     def weights(self, prompt: str) -> dict[str, float]:
-        """The attention of a prompt, rounded so that its sum stays 1."""
+        """The attention of a prompt, rounded so that its sum stays 1; empty if no task claims it."""
         exact = self.served.weights(prompt)
-        if self.decimals is None:
+        if self.decimals is None or not exact:
             return exact
         rounded = {name: round(weight, self.decimals) for name, weight in exact.items()}
         lead = max(rounded, key=lambda name: exact[name])
         rounded[lead] = round(rounded[lead] + 1.0 - sum(rounded.values()), 9)
         return rounded
 
-    def adapter(self, prompt: str) -> Adapter:
-        """The LoRA that answers ``prompt`` as the pool does."""
+    def adapter(self, prompt: str) -> Adapter | None:
+        """The LoRA that answers ``prompt`` as the pool does; None where that is the base model itself."""
         weights = self.weights(prompt)
+        if not weights:
+            return None
         key = hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()[:16]
         if key not in self.known:
             self.made += 1
@@ -96,7 +99,8 @@ def main() -> int:
     adapters = [mixtures.adapter(prompt) for prompt in prompts]
     if args.dry_run:
         for prompt, adapter in zip(prompts, adapters, strict=True):
-            print(json.dumps({"prompt": prompt, "lora": str(adapter.folder), "weights": adapter.weights}))
+            folder, weights = (str(adapter.folder), adapter.weights) if adapter else (None, {})
+            print(json.dumps({"prompt": prompt, "lora": folder, "weights": weights}))
         return 0
 
     from vllm import LLM, SamplingParams
@@ -106,9 +110,9 @@ def main() -> int:
         served.model.get_base_model().name_or_path,
         enable_lora=True,
         max_lora_rank=mixtures.max_rank,
-        max_loras=min(8, len({adapter.name for adapter in adapters})),
+        max_loras=max(1, min(8, len({adapter.name for adapter in adapters if adapter}))),
     )
-    requests = [LoRARequest(a.name, a.number, str(a.folder)) for a in adapters]
+    requests = [None if a is None else LoRARequest(a.name, a.number, str(a.folder)) for a in adapters]
     # as tokens, so that vLLM reads what the pool's attention has read and adds none of its own
     read = [{"prompt_token_ids": served.encode(prompt)["input_ids"][0].tolist()} for prompt in prompts]
     sampling = SamplingParams(temperature=0.0, max_tokens=args.max_new_tokens)

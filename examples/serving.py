@@ -27,7 +27,7 @@ CACHE = Path.home() / ".cache" / "peft-sapt"
 @dataclass
 class Answer:
     text: str
-    weights: dict[str, float]  # of each task in the answer; empty for the base model
+    weights: dict[str, float]  # of each task in the answer; empty where the base model gave it
     seconds: float
 
 
@@ -55,12 +55,15 @@ class Served:
         return {name: found[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
 
     def weights(self, prompt: str, allowed: list[str] | None = None) -> dict[str, float]:
-        """The attention of ``prompt`` over the tasks; shared out among the ``allowed`` ones alone.
+        """The attention of ``prompt`` over the tasks, shared out among the ``allowed`` ones alone; empty for a prompt
+        that no task claims, which the base model answers.
 
         Raises:
             SaptError: none is allowed, or the attention gives the allowed ones nothing.
         """
         found = self.model.attention_weights(**self.encode(prompt))[0].tolist()
+        if not any(found):
+            return {}
         kept = {
             name: w if allowed is None or name in allowed else 0.0 for name, w in zip(self.tasks, found, strict=True)
         }
@@ -71,7 +74,7 @@ class Served:
 
     @torch.no_grad()
     def answer(self, prompt: str, weights: Mapping[str, float] | None, max_new_tokens: int = 32) -> Answer:
-        """A greedy answer with these weights; with None, of the base model.
+        """A greedy answer with these weights; with None or none at all, of the base model.
 
         Raises:
             SaptError: the prompt is empty.
@@ -80,7 +83,7 @@ class Served:
             raise SaptError("The prompt is empty: write something to answer.")
         begun, inputs = time.perf_counter(), self.encode(prompt)
         settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
-        if weights is None:
+        if not weights:
             with self.model.disable_adapter():
                 tokens = self.model.generate(**inputs, **settings)
         else:

@@ -18,6 +18,7 @@ from statistics import mean
 from typing import Any
 
 from reproducibility import reproducibility_table
+from routing_tables import alone_table, curve_table, strangers_table, wordings_table
 from transfer import interval
 
 from peft_sapt.continual.methods import LABELS
@@ -25,7 +26,15 @@ from peft_sapt.continual.results import NAME, metrics_of, with_nan
 from peft_sapt.report.tables import markdown, short, spread, tasks_table
 
 COLUMNS = ("validation", "AP", "F.Ra", "FWT", "BWT", "routing")
-SHORT = ("sequential", "per-task", "replay", "epi", "sapt", "sapt-ridge")  # methods of the README's table
+SHORT = (
+    "sequential",
+    "per-task",
+    "replay",
+    "epi",
+    "sapt-paper",
+    "sapt",
+    "sapt-ridge",
+)  # methods of the README's table
 RESULTS = Path(__file__).parent / "results"
 Result = dict[str, Any]
 
@@ -127,7 +136,7 @@ def pseudo_table(results: list[Result]) -> str:
     """Counts of the learned attention's pseudo-samples by run and task; "-" where an earlier version did not count."""
     counted = ("drawn", "unfinished", "duplicates", "copies", "kept", "kept_copies")
     rows = []
-    for r in [r for r in results if r["method"] == "sapt"]:
+    for r in [r for r in results if r["method"] == "sapt-paper"]:
         for name, report in r["pseudo_samples"].items():
             routed = f"{report['routed_to_own']:.0f}" if "routed_to_own" in report else "-"
             numbers = [str(report.get(key, "-")) for key in counted]
@@ -197,9 +206,27 @@ TABLES: dict[str, tuple[str, Callable[[list[Result]], str]]] = {
 }
 
 
+ALONE = ("long", "superni", "long-definitions", "superni-definitions")  # names of the comparisons of routing alone
+
+
+def routing_tables(folder: Path) -> dict[str, str]:
+    """The tables of routing alone and of strangers, by name."""
+    made, paths = {}, sorted((folder / "routing").glob("*.json"))
+    for name in ALONE:
+        found = [json.loads(p.read_text(encoding="utf-8")) for p in paths if p.name.split(".")[0] == name]
+        if found:
+            made[f"routing {name.replace('-', ' ')}"] = alone_table(found)
+    paths = sorted((folder / "strangers").glob("*.test.hidden.*.json"))
+    found = [{"name": p.name.split(".")[0], **json.loads(p.read_text(encoding="utf-8"))} for p in paths]
+    if found:
+        kinds = {"strangers": strangers_table, "wordings": wordings_table, "strangers curve": curve_table}
+        made |= {name: make(found) for name, make in kinds.items()}
+    return made
+
+
 def tables(folder: Path) -> dict[str, str]:
     """Every table whose results are there, by name."""
-    made = {}
+    made = routing_tables(folder)
     for name, (benchmark, make) in TABLES.items():
         text = make(results) if (results := load(folder / benchmark)) else ""
         if text.count("\n") > 1:  # more than the head and its rule

@@ -14,12 +14,21 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 
 from .errors import ConfigFileError, SaptError, TaskError
 from .ops.dispatch import KERNELS
-from .validation import check_task_name, checked_records, is_int, is_number, is_positive, is_token_list
+from .validation import (
+    check_task_name,
+    checked_background,
+    checked_records,
+    is_int,
+    is_number,
+    is_positive,
+    is_token_list,
+)
 from .version import METHOD
 
 OPTIONS = (
     "top_k",
     "min_weight",
+    "renormalize",
     "fallback",
     "kernel",
     "old_block_gradient",
@@ -106,7 +115,7 @@ class SaptConfig(PeftConfig):
         default="attention",
         metadata={
             "help": "'attention': query and keys, learned with the task and held by ARM's replay. 'ridge': ridge "
-            "regression of the task on mean-pooled prompts in closed form; keeps sums only, needs no replay."
+            "regression of the task on the prompts' features in closed form; keeps sums only, needs no replay."
         },
     )
     ridge: float = field(
@@ -176,7 +185,7 @@ class SaptConfig(PeftConfig):
     )
     top_k: int | None = field(
         default=None,
-        metadata={"help": "In inference keep only the top_k largest weights of a row, unchanged; all by default."},
+        metadata={"help": "In inference keep only the top_k largest weights of a row; all by default."},
     )
     min_weight: float = field(
         default=0.0,
@@ -184,6 +193,13 @@ class SaptConfig(PeftConfig):
             "help": "In inference drop weights below this one; the largest of a row stays. In each layer the output "
             "moves by at most sum of dropped w_t * s_t * ||B_t A_t|| * ||x||. Generation then costs what the blocks "
             "that are left cost."
+        },
+    )
+    renormalize: bool = field(
+        default=False,
+        metadata={
+            "help": "Scale the weights that top_k and min_weight keep, so that they sum to what they all did; with "
+            "top_k=1 the leading block answers at full strength."
         },
     )
     kernel: str = field(
@@ -254,12 +270,14 @@ class SaptConfig(PeftConfig):
             ("fallback", self.fallback in (None, "auto") or is_number(self.fallback), "'auto', a number or None"),
             ("statistics_rank", is_int(self.statistics_rank) and self.statistics_rank >= 0, "an int, 0 or more"),
             ("features", self.features in (None, *FEATURES), " or ".join(map(repr, FEATURES)) + " or None"),
+            ("feature_dim", self.feature_dim is None or (is_int(self.feature_dim) and self.feature_dim > 0), "an int"),
             ("features_layer", self.features_layer is None or is_int(self.features_layer), "an int or None"),
             ("query_dim", is_int(self.query_dim) and self.query_dim > 0, "a positive int"),
             ("query_activation", self.query_activation in ("after", "between"), "'after' or 'between'"),
             ("answer_header", is_token_list(self.answer_header), "a non-empty list of token ids or None"),
             ("top_k", self.top_k is None or (is_int(self.top_k) and self.top_k > 0), "a positive int or None"),
             ("min_weight", is_number(self.min_weight) and 0 <= self.min_weight < 1, "a number in [0, 1)"),
+            ("renormalize", isinstance(self.renormalize, bool), "True or False"),
             ("kernel", self.kernel in KERNELS, f"one of {list(KERNELS)}"),
             ("temperature", is_positive(self.temperature), "a positive number"),
         ]
@@ -297,10 +315,7 @@ class SaptConfig(PeftConfig):
         self.task_ranks = [self.r] * count if self.task_ranks is None else list(self.task_ranks)
         self.task_alphas = [self.lora_alpha] * count if self.task_alphas is None else list(self.task_alphas)
         self.replay_rows = [0] * count if self.replay_rows is None else list(self.replay_rows)
-        self.background_forms = [] if self.background_forms is None else list(self.background_forms)
-        self.background_rows = [] if self.background_rows is None else list(self.background_rows)
-        if not all(is_int(rows) and rows > 0 for rows in self.background_rows):
-            raise SaptError(f"SaptConfig.background_rows must hold positive ints, got {self.background_rows!r}.")
+        self.background_rows, self.background_forms = checked_background(self.background_rows, self.background_forms)
         self.records = checked_records(self.records, self.tasks)
         self.saved_with: str | None = None  # no field: which save the weights of its pool were last written for
         self.derived_from = self.r, self.lora_alpha, self.task_name  # no field: what ranks, alphas and tasks came from

@@ -21,7 +21,7 @@ from .layer import SaptLayer, layer_around
 from .pool import exchange, lifecycle, warm_start
 from .pool.own_config import prepare_given
 from .pool.refusals import NO_ADAPTER_NAMES, NO_BATCH, NO_MERGE, NO_WEIGHTED, POOL_IN_POOL
-from .pool.state_dict import check_places, checked_state, keep_dtypes, with_manifest
+from .pool.state_dict import check_places, checked_state, keep_dtypes, room_for, with_manifest
 from .pool.view import Batches, Pool
 from .pool_module import PoolModule
 from .routing import AttentionRouter, Router
@@ -99,8 +99,6 @@ class SaptModel(BaseTuner):
         """What belongs to one task alone, as views by name: A [r, in] and B [r, out] of its block in each layer (or a
         soft prompt [P, d]), and what the router keeps of it, such as a key [1, query_dim]."""
         return self.pool.task_state(name)
-
-    # --- the life of a task ---------------------------------------------------------------------------------------
 
     def add_task(self, name: str, r: int | None = None, lora_alpha: float | None = None) -> None:
         """Freeze the current task for good and open a fresh block (B = 0) and key for ``name``.
@@ -206,7 +204,8 @@ class SaptModel(BaseTuner):
     ) -> Tensor:
         """The attention over the tasks for each prompt: [B, T] in float32, columns in the order of ``model.tasks``.
 
-        Arguments are those of the model's forward; the language model does not run.
+        Arguments are those of the model's forward, whose lowest layers run with ``features="hidden"``. A row that no
+        task claims, which the base model answers, is zero.
         """
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
         batch |= {"labels": labels, "sapt_prompt_mask": sapt_prompt_mask}
@@ -214,9 +213,8 @@ class SaptModel(BaseTuner):
         return pool.router.attend(pool.adapter, pool.pooled_prompts([batch]))
 
     def pooled_prompts(self, batches: Batches) -> Tensor:
-        """Pooled prompt embeddings of all rows in ``batches``, [N, d] in float32: element-wise maxima with
-        ``router="attention"`` (SAPT, section 3.2), means with ``router="ridge"``. Tensors pass through; raises
-        [`WeightsError`] for one that is not [N, token_dim]."""
+        """Features of all prompts in ``batches``, [N, feature_dim] in float32, as ``SaptConfig.features`` says.
+        Tensors pass through; raises [`WeightsError`] for one that is not [N, feature_dim]."""
         return self.pool.pooled_prompts(batches)
 
     def export_task(self, name: str, folder: str | os.PathLike) -> None:
@@ -374,8 +372,9 @@ class SaptModel(BaseTuner):
         cls, model: nn.Module, config: SaptConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         checked = checked_state(model, config, adapter_name, state_dict)
-        renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, checked)
-        check_places(model, adapter_name, renamed)
+        with room_for(model, adapter_name, state_dict):
+            renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, checked)
+            check_places(model, adapter_name, renamed)
         keep_dtypes(model, renamed)
         memory = memory_on(model)
         if memory is not None:

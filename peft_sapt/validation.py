@@ -82,3 +82,20 @@ def checked_records(records: object, tasks: list[str]) -> dict[str, dict[str, An
     if not isinstance(records, dict) or not all(isinstance(record, dict) for record in records.values()):
         raise SaptError(f"SaptConfig.records must be a dict of dicts by task, got {records!r}.")
     return {name: checked_record(record) for name, record in records.items() if name in tasks}
+
+
+MAX_BACKGROUND = 1_000_000  # prompts of no task in all
+
+
+def checked_background(rows: Any, forms: Any) -> tuple[list[int], list[list[list[int]]]]:
+    """Numbers of prompts of no task by their form, and the token ids before and after them; raises [`SaptError`]."""
+    rows, forms = [] if rows is None else rows, [] if forms is None else forms
+    counted = isinstance(rows, list) and all(is_int(n) and n > 0 for n in rows) and sum(rows) <= MAX_BACKGROUND
+    if not counted:
+        raise SaptError(f"SaptConfig.background_rows must hold positive ints, {MAX_BACKGROUND} in all, got {rows!r}.")
+    pairs = isinstance(forms, list) and all(isinstance(form, list) and len(form) == 2 for form in forms)
+    if not pairs or not all(isinstance(part, list) and all(map(is_int, part)) for form in forms for part in form):
+        raise SaptError(f"SaptConfig.background_forms must hold pairs of lists of token ids, got {forms!r}.")
+    if len(rows) != len(forms):
+        raise SaptError(f"SaptConfig.background_rows has {len(rows)} entries, background_forms {len(forms)}.")
+    return list(rows), list(forms)

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from ..pool import lifecycle
 from ..pool.view import Pool
+from ..routing.hidden import longest_prompt
+from ..routing.statistics import GIVEN
 
 LONGEST = 64  # tokens of a prompt
 BATCH = 32
@@ -84,6 +86,14 @@ def renderings_of(tokenizer: Any, prompts: list[list[int]], templates: Sequence[
     return [forms[i % len(forms)].with_whole(prompt) for i, prompt in enumerate(prompts)] if forms else []
 
 
+def fitting(pool: Pool, rows: list[list[int]]) -> list[list[int]]:
+    """Those of ``rows`` that the base model has positions for, cut at the end if none is short enough."""
+    limit = longest_prompt(pool.base)
+    if limit is None or not rows:
+        return rows
+    return [row for row in rows if len(row) <= limit] or [row[:limit] for row in rows]
+
+
 def special_tokens_around(tokenizer: Any) -> Form:
     """What the tokenizer itself puts around a text, such as a start token."""
     plain = ids_of(tokenizer, "a")
@@ -112,7 +122,8 @@ def chat_form(tokenizer: Any, instruction: str | None = None) -> Form | None:
 def instructed_forms(tokenizer: Any) -> tuple[Form, ...]:
     """The chat template behind each of some instructions to the system; none if it takes none."""
     forms = (chat_form(tokenizer, text) for text in INSTRUCTIONS)
-    return tuple(form for form in forms if form is not None)
+    plain = chat_form(tokenizer)  # a template may drop what is for the system
+    return tuple(form for form in forms if form is not None and form != plain)
 
 
 def common_end(prompts: list[list[int]]) -> tuple[int, ...]:
@@ -144,6 +155,8 @@ def show_everyday_prompts(pool: Pool, tokenizer: Any, prompts: list[list[int]]) 
     config, statistics = pool.config, pool.statistics
     if config.fallback is None or not config.statistics_rank:
         return
+    if GIVEN in config.background_forms:  # a user's own take their place
+        return
     known = [Form(tuple(before), tuple(after)) for before, after in config.background_forms]
     new = [forms for forms in forms_of(tokenizer, prompts) if forms[0] not in known]
     if not new:
@@ -158,7 +171,7 @@ def show_everyday_prompts(pool: Pool, tokenizer: Any, prompts: list[list[int]]) 
 
 def pooled_in(pool: Pool, forms: Sequence[Form], texts: list[list[int]]) -> Tensor:
     """Features [n, d] of ``texts``, in ``forms`` that take turns."""
-    return pooled_rows(pool, [forms[i % len(forms)].around(ids) for i, ids in enumerate(texts)])
+    return pooled_rows(pool, fitting(pool, [forms[i % len(forms)].around(ids) for i, ids in enumerate(texts)]))
 
 
 def pooled_rows(pool: Pool, rows: list[list[int]]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ..hub.card import refresh_card
 from ..pool import lifecycle, warm_start
 from ..pool.view import Pool
 from ..pool_module import sharding_of
+from ..routing.hidden import longest_prompt
 from ..storage.atomic import write_atomically
 from ..storage.replay_rows import note_rows, stored_replay
 from .checks import can_generate, isolated_rng, pool_of
@@ -94,6 +96,7 @@ class Reflection:
         self.prompts: list[list[int]] = []  # token ids of the current task's prompts
         self.pooled: Tensor | None = None  # [n, d]
         self.every: Tensor | None = None  # [m, d], of these prompts and of their renderings
+        self.groups: Tensor | None = None  # [m], which prompt each of them is
         self.rows = 0
         self.guard = Guard()  # watches while the Trainer trains
 
@@ -159,7 +162,7 @@ class Reflection:
         lifecycle.record_task(pool, name, rows=self.rows, replay=REPLAY[self.replay] if learned else "none")
         if not learned:
             told.reports[name] = {"wanted": 0, "kept": 0, "router_rows": len(self.pooled)}
-            lifecycle.commit_task(pool, self.pooled)
+            lifecycle.commit_task(pool, self.pooled, statistics=False)
             self.close()
             return
         replay: Tensor
@@ -192,7 +195,7 @@ class Reflection:
         broadcast_from_rank0([replay])
         if len(replay):
             told.rows[name] = replay.detach().clone()
-        lifecycle.commit_task(pool, self.pooled, replay)
+        lifecycle.commit_task(pool, self.pooled, replay, statistics=False)
         self.close()
 
     def redraw(self, model: Any, name: str, count: int | None = None, seed: int = 0) -> None:
@@ -267,7 +270,7 @@ class Reflection:
 
     def close(self) -> None:
         """Let go of the prompts: their task is committed."""
-        self.pooled, self.every, self.opened, self.prompts = None, None, None, []
+        self.pooled, self.every, self.groups, self.opened, self.prompts = None, None, None, None, []
 
     def open_task(self, pool: Pool, model: Any, seed: int, resumed: bool = False) -> None:
         """See that the current task has a weight of its own before its first step, and its block where it is to start.
@@ -276,16 +279,17 @@ class Reflection:
             ReflectionError: there are no prompts.
         """
         assert self.pooled is not None and self.every is not None
-        if not pool.statistics.known(pool.adapter)[-1] and sharding_of(pool.base) is None:
+        if not (resumed and pool.statistics.known(pool.adapter)[-1]) and sharding_of(pool.base) is None:
             show_everyday_prompts(pool, self.tokenizer, self.prompts)
-            pool.statistics.fit(pool.adapter, self.every)
+            pool.statistics.fit(pool.adapter, self.every, self.groups)
             broadcast_from_rank0(pool.statistics.state_tensors(pool.adapter))
         if self.warm_start and len(pool.tasks) > 1 and not resumed and not warm_start.has_started(pool):
             self.ledger.of(pool).shares[pool.current_task] = warm_start.warm_start(pool, self.pooled)
             broadcast_from_rank0(p for p in model.parameters() if p.requires_grad)
         if not pool.router.needs_replay:
             if not pool.router.is_fitted(pool.adapter):
-                lifecycle.fit_router(pool, self.every)
+                lifecycle.fit_router(pool, self.every, statistics=False)
+                broadcast_from_rank0(pool.router.state_of(pool.adapter).values())
         elif len(pool.tasks) > 1 and not resumed and self.align_steps:
             with isolated_rng(seed, model):
                 self.align(pool, seed)
@@ -346,6 +350,10 @@ class Reflection:
             raise ReflectionError("The training set is empty.")
         step = max(1, -(-len(self.prompts) // MAX_RENDERED))
         rendered = renderings_of(self.tokenizer, self.prompts[::step], self.templates)
-        self.every = torch.cat([self.pooled, pooled_rows(pool, rendered)])
+        limit = longest_prompt(pool.base) or sys.maxsize
+        short = [i for i, row in enumerate(rendered) if len(row) <= limit]
+        self.every = torch.cat([self.pooled, pooled_rows(pool, [rendered[i] for i in short])])
+        numbers = torch.tensor([*range(self.rows), *(i * step for i in short)], device=self.pooled.device)
+        self.groups = numbers.clamp(max=self.rows - 1)
         if self.replay == "generated" and not self.prompts and pool.router.needs_replay:
             raise ReflectionError("Without input_ids no generator can be trained: use ArmCallback(replay='rows').")

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 from torch import Tensor
 
+from ..hub.card_text import CardData, other_prompts
 from ..storage.manifest import digest, plain_name
 from .pool_edit import export, import_, remove
 from .pool_file import read_pool, verified
@@ -21,16 +22,19 @@ def command() -> None:
 @command.command("show")
 @click.argument("folder", type=click.Path(path_type=Path))
 def show(folder: Path) -> None:
-    """Tasks of the pool in FOLDER, oldest first: rank, scaling, state, replay rows, bytes."""
+    """Tasks of the pool in FOLDER, oldest first: rank, scaling, state, replay rows, prompts in the statistics, bytes;
+    and which prompts the base model answers."""
     tensors, manifest = read_pool(folder)
     size = sum(map(bytes_of, tensors.values()))
     click.echo(f"{folder}: {len(manifest['tasks'])} tasks, {size / 1e6:.2f} MB, format {manifest['format_version']}")
     wide = max([len("task"), *map(len, manifest["tasks"])]) + 2
-    click.echo(f"{'task':<{wide}}{'rank':>6}{'scaling':>10}{'replay rows':>13}  state")
+    click.echo(f"{'task':<{wide}}{'rank':>6}{'scaling':>10}{'replay rows':>13}{'statistics of':>15}  state")
     for i, name in enumerate(manifest["tasks"]):
         state = "committed" if manifest["committed"][i] else "open"
         rank, scaling, rows = (manifest[key][i] for key in ("ranks", "scalings", "replay_rows"))
-        click.echo(f"{name:<{wide}}{rank:>6}{scaling:>10.3g}{rows:>13}  {state}")
+        known = (manifest.get("statistics") or [0] * len(manifest["tasks"]))[i]
+        click.echo(f"{name:<{wide}}{rank:>6}{scaling:>10.3g}{rows:>13}{known:>15}  {state}")
+    click.echo(other_prompts(CardData(manifest["config"], manifest, None, None, None, folder)).replace("`", ""))
 
 
 @command.command("verify")

@@ -46,6 +46,8 @@ LABELS = {
     "prog-prompt-known": "ProgPrompt, task known",
     "sapt": "SAPT",
     "sapt-ridge": 'SAPT, `router="ridge"`',
+    "sapt-paper": "SAPT, the paper's query and replay",
+    "sapt-ridge-mean": 'SAPT, `router="ridge"`, mean embeddings',
     "sapt-real-rows": "SAPT, real rows replayed",
     "sapt-no-arm": "SAPT without ARM",
     "sapt-no-floor": "SAPT without the floor term",

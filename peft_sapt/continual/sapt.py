@@ -28,17 +28,28 @@ class Recipe:
     one_rate: bool = False
 
 
+PAPER = {"features": "max", "fallback": None}  # the paper's query, and blocks for every prompt
+MEAN = {
+    "router": "ridge",
+    "features": "mean",
+    "ridge": 0.1,
+    "fallback": None,
+}  # the closed form as it was measured first
 RECIPES = {
     "sapt": Recipe(),
     "sapt-ridge": Recipe(config={"router": "ridge"}),
-    "sapt-prompt": Recipe(config={"router": "ridge", "block": "prompt"}),
-    "sapt-prompt-learned": Recipe(config={"block": "prompt"}),
-    "sapt-real-rows": Recipe(arm={"replay": "rows"}),
-    "sapt-no-floor": Recipe(arm={"floor_weight": 0.0}),
-    "sapt-no-arm": Recipe(arm=None),
+    "sapt-paper": Recipe(config=PAPER, arm={"replay": "generated"}),
+    "sapt-ridge-mean": Recipe(config=MEAN),
+    "sapt-prompt": Recipe(config={**MEAN, "block": "prompt"}),
+    "sapt-prompt-learned": Recipe(config={**PAPER, "block": "prompt"}, arm={"replay": "generated"}),
+    "sapt-real-rows": Recipe(config=PAPER, arm={"replay": "rows"}),
+    "sapt-no-floor": Recipe(config=PAPER, arm={"replay": "generated", "floor_weight": 0.0}),
+    "sapt-no-arm": Recipe(config=PAPER, arm=None),
     # the official loss: KL alone, nothing that gives a new task weight; its gradient; one learning rate for everything
     "sapt-official": Recipe(
-        config={"old_block_gradient": False}, arm={"floor_weight": 0.0, "align_steps": 0}, one_rate=True
+        config={**PAPER, "old_block_gradient": False},
+        arm={"replay": "generated", "floor_weight": 0.0, "align_steps": 0},
+        one_rate=True,
     ),
 }
 

@@ -85,7 +85,8 @@ def section(data: CardData) -> str:
             "Rows are the prompts that the pool keeps of each task, columns the blocks that answer them. Computed "
             "from the weights file.",
         ]
-    parts += ["## Use", usage(data), "## Base model", base_notes(data), "## Data", data_notes(data)]
+    parts += ["## Use", usage(data), "## Other prompts", other_prompts(data)]
+    parts += ["## Base model", base_notes(data), "## Data", data_notes(data)]
     parts += ["### Framework versions", versions(data), "## Citation", CITATION]
     return "\n\n".join(parts)
 
@@ -161,8 +162,38 @@ import peft_sapt
 ```
 
 Then `model.generate(**prompt)` answers, `model.attention_weights(**prompt)` tells which blocks did, and
-{named} asks one task by name. Prompts are told apart by their
-wording: write them as they were written in training. `model.add_task("next")` goes on learning."""
+{named} asks one task by name. {told_by(data)} `model.add_task("next")` goes on learning."""
+
+
+def told_by(data: CardData) -> str:
+    """How prompts are told apart, and what to mind."""
+    if data.config.get("features") == "hidden":
+        return (
+            "Prompts are told apart by what the base model's lower layers make of them, best as written in training."
+        )
+    return "Prompts are told apart by their wording: write them as they were written in training."
+
+
+def other_prompts(data: CardData) -> str:
+    """What becomes of a prompt that belongs to no task."""
+    fallback, known = data.config.get("fallback"), data.manifest.get("statistics", [])
+    unknown = [name for name, rows in zip(data.tasks, known, strict=False) if not rows]
+    if fallback is None:
+        return "Every prompt is answered by the blocks, also one that belongs to no task (`fallback=None`)."
+    if isinstance(fallback, str) and (unknown or not known or not data.config.get("background_rows")):
+        why = "it was never shown prompts of no task"
+        if unknown or not known:
+            why = f"it has no statistics of {', '.join(map(code, unknown or data.tasks))}"
+        return (
+            f"This pool knows no strangers, since {why}: a prompt that belongs to no task is answered by some block "
+            "all the same. `model.attention_weights(**prompt)` says by which."
+        )
+    return (
+        "A prompt that no task claims is answered by the base model alone, as if there were no pool; "
+        "`model.attention_weights(**prompt)` is zero for it. So may be a task's own prompt in words that nobody "
+        "trained on: `sapt_task` names its task, and `model.peft_config[name].fallback = None` lets the blocks answer "
+        "all."
+    )
 
 
 def base_notes(data: CardData) -> str:
@@ -180,6 +211,14 @@ def data_notes(data: CardData) -> str:
     """What of the training data is in these files."""
     stored = dict(zip(data.tasks, data.config["replay_rows"], strict=False))
     lines = ["The blocks were fitted to the training data of the tasks above, whose licences bind their use."]
+    counts = data.manifest.get("statistics", [])
+    known = [(name, rows) for name, rows in zip(data.tasks, counts, strict=False) if rows]
+    if known:
+        listed = ", ".join(f"{code(name)} ({rows})" for name, rows in known)
+        lines.append(
+            "Of each task's prompts the pool stores the mean of their features and the directions in which they vary, "
+            f"and no prompt: {listed}."
+        )
     if data.router and data.router.keeps:
         lines.append(data.router.keeps)
     for kind in sorted({data.record(name).get("replay", "prompts") for name, rows in stored.items() if rows}):

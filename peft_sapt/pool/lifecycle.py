@@ -12,10 +12,10 @@ from ..errors import PromptError, TaskError, TrainingError
 from ..routing.memory import freeze_committed
 from ..routing.optimizers import UNMOVED, block_sums, newest_block, steps_taken
 from ..routing.prompts import embedding_weight
+from ..routing.statistics import GIVEN, is_removed, removed_form
 from ..validation import check_task_name, checked_record
 from .view import Batches, Pool
 
-REMOVED: list[list[int]] = [[-1], []]  # in place of the form of prompts: they were those of a task
 HEAD_TASK_TYPES = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
@@ -47,6 +47,7 @@ def add_task(pool: Pool, name: str, r: int | None = None, lora_alpha: float | No
         newest = module.newest_part(pool.adapter, rank)
         module.append_task(pool.adapter, {k: v.to(reference.device, reference.dtype) for k, v in newest.items()})
     set_tasks(pool, grown, [*range(len(config.tasks)), -1])
+    welcome_back(pool, name)
     pool.memory.show_own_config(pool.adapter).inference_mode = False
     pool.refresh_trainable()
 
@@ -74,9 +75,19 @@ def remove_task(pool: Pool, name: str, forget: bool = False) -> None:
     set_tasks(pool, smaller, kept)
     if retired:
         own = pool.memory.show_own_config(pool.adapter)
-        own.background_forms = [*own.background_forms, REMOVED]
+        own.background_forms = [*own.background_forms, removed_form(name)]
         set_background(pool, [*rows, *retired])
     pool.refresh_trainable()
+
+
+def welcome_back(pool: Pool, name: str) -> None:
+    """Let prompts of a task that was removed, and comes back, be no longer those of no task."""
+    own = pool.memory.show_own_config(pool.adapter)
+    kept = [form != removed_form(name) for form in own.background_forms]
+    if not all(kept):
+        rows = [part for part, keep in zip(pool.statistics.background(pool.adapter), kept, strict=True) if keep]
+        own.background_forms = [form for form, keep in zip(own.background_forms, kept, strict=True) if keep]
+        set_background(pool, rows)
 
 
 def set_tasks(pool: Pool, other: SaptConfig, kept: list[int]) -> None:
@@ -88,15 +99,16 @@ def set_tasks(pool: Pool, other: SaptConfig, kept: list[int]) -> None:
     freeze_committed(pool.base)
 
 
-def fit_router(pool: Pool, inputs: Batches) -> None:
-    """See [`SaptModel.fit_router`]."""
+def fit_router(pool: Pool, inputs: Batches, statistics: bool = True) -> None:
+    """See [`SaptModel.fit_router`]; without ``statistics`` of the prompts where they have been taken already."""
     pool.refuse_sharded("fit_router")
     pool.router.check_fit(pool.adapter)
     pooled = pool.pooled_prompts(inputs)
     if not len(pooled):
         raise PromptError("fit_router needs training prompts of the current task, and got none.")
     pool.refuse_bad_rows("fit_router(inputs=...)", pooled)
-    pool.statistics.fit(pool.adapter, pooled)
+    if statistics:
+        pool.statistics.fit(pool.adapter, pooled)
     pool.router.fit(pool.adapter, pooled)
     pool.memory.remember_fitted(pool.adapter, pooled)
 
@@ -111,8 +123,10 @@ def fit_background(pool: Pool, forms: Sequence[Batches]) -> None:
         raise PromptError("fit_background needs at least two prompts in each form. Nothing was changed.")
     for part in rows:
         pool.refuse_bad_rows("fit_background(forms=...)", part)
-    pool.memory.show_own_config(pool.adapter).background_forms = []
-    set_background(pool, rows)
+    own, known = pool.memory.show_own_config(pool.adapter), pool.statistics.background(pool.adapter)
+    removed = [(form, part) for form, part in zip(own.background_forms, known, strict=True) if is_removed(form)]
+    own.background_forms = [*([GIVEN] * len(rows)), *(form for form, _ in removed)]
+    set_background(pool, [*rows, *(part for _, part in removed)])
 
 
 def set_background(pool: Pool, rows: list[Tensor]) -> None:
@@ -121,8 +135,10 @@ def set_background(pool: Pool, rows: list[Tensor]) -> None:
     pool.router.on_background(pool.adapter)
 
 
-def commit_task(pool: Pool, inputs: Batches | None = None, replay: Batches | None = None) -> None:
-    """See [`SaptModel.commit_task`]."""
+def commit_task(
+    pool: Pool, inputs: Batches | None = None, replay: Batches | None = None, statistics: bool = True
+) -> None:
+    """See [`SaptModel.commit_task`]; without ``statistics`` of the prompts where they have been taken already."""
     adapter, memory, router = pool.adapter, pool.memory, pool.router
     pool.refuse_sharded("commit_task")
     if pool.is_committed:
@@ -138,7 +154,7 @@ def commit_task(pool: Pool, inputs: Batches | None = None, replay: Batches | Non
     pool.refuse_bad_weights()
     refuse_unmoved(pool)
     if len(pooled):
-        if not pool.statistics.known(adapter)[-1]:
+        if statistics and (inputs is not None or not pool.statistics.known(adapter)[-1]):
             pool.statistics.fit(adapter, pooled)
         router.on_commit(adapter, pooled)
         target = pool.mean_weights(pooled)  # [T]

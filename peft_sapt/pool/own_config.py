@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..config import SaptConfig
 from ..errors import OtherShapeError, SaptError
-from ..routing.hidden import check_layer, hidden_size, layers_of
+from ..routing.hidden import can_read, check_layer, hidden_size
 from ..routing.prompts import checked_token_dim
 
 FOUND = "_sapt_token_dim_found"  # on a config: token_dim is the last base model's, which another need not have
@@ -50,7 +50,7 @@ def choose_features(config: SaptConfig, embedding: Tensor | None, model: nn.Modu
     if config.pool_padding and config.features is None:
         config.features = "max"
     if config.features is None:
-        config.features = "both" if embedding is None or not layers_of(model) else "hidden"
+        config.features = "hidden" if can_read(model, embedding) else "both"
     width = config.token_dim or 0
     if config.features == "hidden":
         config.features_layer = check_layer(model, config.features_layer)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..config import SaptConfig
-from ..errors import OtherBaseError, PoolFormatError
+from ..errors import OtherBaseError, PoolFormatError, SaptError
 from ..routing.install import memory_on
 from ..routing.memory import committed_in
 from ..storage.fingerprint import checked, differing, fingerprint
@@ -24,11 +25,10 @@ from ..storage.manifest import (
     read_manifest,
 )
 from ..storage.overrides import accepted
-from ..validation import is_int
+from ..validation import checked_background
 from .config_file import described, pool_values
 from .stored_attention import stored_attention
 
-MAX_BACKGROUND = 100_000  # prompts of no task in one form
 ROUTED_BY = (
     "router",
     "block",
@@ -60,8 +60,9 @@ def with_manifest(
     named |= {key: whole_state[here] for key, here in head_keys(model, adapter).items() if here in whole_state}
     targets_key, targets = next((k, v) for k, v in own.items() if ".sapt_targets." in k)
     manifest_key = targets_key.rsplit("sapt_targets", 1)[0] + f"{MANIFEST}.{adapter}"
+    counts = next(v for k, v in own.items() if ".sapt_counts." in k)
     manifest = build_manifest(
-        {**described(config), "committed": committed_in(targets)},
+        {**described(config), "committed": committed_in(targets), "statistics": prompts_in(counts)},
         pool_values(config),
         named,
         fingerprint(model),
@@ -69,6 +70,11 @@ def with_manifest(
     )
     shown.saved_with = read_manifest(manifest)["save_id"]  # for the file of this config, which PEFT writes next
     return {**own, manifest_key: manifest}
+
+
+def prompts_in(counts: Tensor) -> list[int]:
+    """Of how many prompts of each task there are statistics, by the counts [T, 2] of a pool; [] on the meta device."""
+    return [] if counts.device.type == "meta" else [int(count) for count in counts[:, 0].tolist()]
 
 
 def checked_state(
@@ -92,8 +98,22 @@ def checked_state(
     check_loaded(values, described(config), own)
     check_finite(state_dict)  # of embeddings too, which PEFT adds to the file after the manifest is made
     check_base(values, model, {plain_name(key) for key in state_dict if ".sapt_" not in key})
-    take_background(model, adapter, values)
     return {key: tensor for key, tensor in state_dict.items() if key != manifest}
+
+
+@contextmanager
+def room_for(model: nn.Module, adapter: str, state_dict: Mapping[str, Tensor]) -> Iterator[None]:
+    """Hold as many prompts of no task as a checked file does, whose tensors come next; if these are refused inside,
+    those of before again."""
+    memory, manifest = memory_on(model), next(filter(is_manifest, state_dict))
+    undo = None if memory is None or not memory.holds(adapter) else memory.hooks.statistics.snapshot(adapter)
+    try:
+        take_background(model, adapter, read_manifest(state_dict[manifest]))
+        yield
+    except PoolFormatError:
+        if undo is not None:
+            undo()
+        raise
 
 
 def take_background(model: nn.Module, adapter: str, manifest: Mapping[str, Any]) -> None:
@@ -105,10 +125,12 @@ def take_background(model: nn.Module, adapter: str, manifest: Mapping[str, Any])
     memory, saved = memory_on(model), manifest.get("config")
     if memory is None or not memory.holds(adapter) or not isinstance(saved, dict):
         return
-    rows, forms = saved.get("background_rows", []), saved.get("background_forms", [])
-    if not isinstance(rows, list) or not all(is_int(n) and 0 < n <= MAX_BACKGROUND for n in rows):
-        raise PoolFormatError(f"The pool's manifest holds background_rows {rows!r}: the weights file is damaged.")
-    if rows != memory.hooks.config_of(adapter).background_rows:
+    try:
+        rows, forms = checked_background(saved.get("background_rows"), saved.get("background_forms"))
+    except SaptError as error:
+        raise PoolFormatError(f"The pool's manifest is damaged: {error}") from error
+    own = memory.hooks.config_of(adapter)
+    if (rows, forms) != (own.background_rows, own.background_forms):
         memory.hooks.statistics.make_room(adapter, rows, forms)
 
 

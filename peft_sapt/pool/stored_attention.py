@@ -10,8 +10,11 @@ from torch import Tensor
 from ..config import SaptConfig
 from ..routing import ROUTERS
 from ..routing.memory import MEMORY
-from ..routing.router import state_key
+from ..routing.moments import Moments, noise_of
+from ..routing.router import stacked, state_key
+from ..routing.statistics import STATISTICS
 
+DRAWN = 64  # of each task's prompts, by its statistics
 MAX_TASKS = 50  # beyond which nobody reads the matrix, and its T^2 numbers would outgrow what they describe
 
 
@@ -19,8 +22,8 @@ MAX_TASKS = 50  # beyond which nobody reads the matrix, and its T^2 numbers woul
 def stored_attention(config: SaptConfig, tensors: Mapping[str, Tensor]) -> list[list[float] | None] | None:
     """Mean attention of each task's stored prompts over the blocks, [T][T], rounded to four digits.
 
-    What is stored of a task are its replay rows, or what its router keeps of it. A task of which nothing is stored has
-    None for a row.
+    What is stored of a task are its replay rows, its statistics, or what its router keeps of it. A task of which
+    nothing is stored has None for a row.
 
     Args:
         tensors: of the pool by their names in the file, whole.
@@ -33,9 +36,24 @@ def stored_attention(config: SaptConfig, tensors: Mapping[str, Tensor]) -> list[
     if len(config.tasks) > MAX_TASKS or not state or any(t.device.type == "meta" for t in state.values()):
         return None
     replay = memory.get("sapt_replay")
-    rows = None if replay is None else list(replay.split(config.replay_rows))
+    stored = [None] * len(config.tasks) if replay is None else replay.split(config.replay_rows)
+    drawn = draws_in(config, state_in(tensors, STATISTICS))
+    rows = [draw if own is None or not len(own) else own for own, draw in zip(stored, drawn, strict=True)]
     found = router.stored_weights(state, config, rows)
     return [None if row is None else [round(value, 4) for value in row.tolist()] for row in found]
+
+
+def draws_in(config: SaptConfig, state: Mapping[str, Tensor]) -> list[Tensor]:
+    """Draws [n, d] in place of each task's prompts, by the statistics in a file; none of a task without."""
+    found, size = [], config.statistics_rank + 2
+    if "sapt_statistics" not in state or "sapt_counts" not in state:
+        return [torch.zeros(0, config.feature_dim or 0) for _ in config.tasks]
+    parts = stacked(state, "sapt_statistics", "sapt_old_statistics").split(size)
+    for part, count in zip(parts, state["sapt_counts"][:, 0].tolist(), strict=True):
+        own = Moments(part[0], part[1], part[2:], int(count))
+        noise = noise_of(own, DRAWN if count else 0, torch.Generator().manual_seed(0))
+        found.append(own.mean + noise)
+    return found
 
 
 def state_in(tensors: Mapping[str, Tensor], module: str) -> dict[str, Tensor]:

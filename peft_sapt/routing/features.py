@@ -11,7 +11,7 @@ feature is the same forever, whatever tasks come.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import hashlib
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import SaptConfig
-from ..pool_module import input_embeddings
+from ..pool_module import sharding_of
 from .forward_state import ForwardState
 from .hidden import hidden_features
 from .packing import max_pool_segments, mean_pool_segments, rows_of_segments
@@ -78,11 +78,11 @@ class PromptReader:
 
     def __init__(self, state: ForwardState) -> None:
         self.state = state
-        self.known: OrderedDict[tuple[int, tuple[int, ...]], Tensor] = OrderedDict()  # by layer and tokens, [h] each
+        self.known: dict[tuple[int, bytes], Tensor] = {}  # by layer and digest of the tokens, [h] each
         self.known_of: Any = None  # the weights that these were read by
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"state": self.state, "known": OrderedDict(), "known_of": None}
+        return {"state": self.state, "known": {}, "known_of": None}
 
     def features(
         self,
@@ -104,36 +104,46 @@ class PromptReader:
         """
         if config.features != "hidden":
             return embedding_features(str(config.features), embeddings, mask, segments)
-        layer = config.features_layer or 1
-        if ids is None or not remember:
-            return standardised(hidden_features(module, self.state, layer, embeddings, mask, segments))
-        return self.remembered(module, layer, ids, embeddings, mask, segments)
+        layer, width = config.features_layer or 1, config.feature_dim or 0
+        if remember and ids is not None and sharding_of(module) is None:  # processes of a sharded one read together
+            return self.remembered(module, config, layer, ids, embeddings, mask, segments)
+        return standardised(hidden_features(module, self.state, layer, width, embeddings, mask, segments))
 
     def remembered(
-        self, module: nn.Module, layer: int, ids: Tensor, embeddings: Tensor, mask: Tensor, segments: Tensor | None
+        self,
+        module: nn.Module,
+        config: SaptConfig,
+        layer: int,
+        ids: Tensor,
+        embeddings: Tensor,
+        mask: Tensor,
+        segments: Tensor | None,
     ) -> Tensor:
         """Hidden features, computed only for prompts that are not known yet."""
-        table = input_embeddings(module)
-        weight: Any = next(iter(() if table is None else table.parameters()), None)
-        version = None if weight is None else (weight.data_ptr(), weight.dtype, weight.device, weight._version)
-        if version != self.known_of:
-            self.known.clear()
-            self.known_of = version
+        self.forget_if_changed(module)
         rows, _, count = rows_of_segments(mask, segments)
-        tokens: list[list[int]] = [[] for _ in range(count)]
-        for row, token in zip(rows.tolist(), ids[mask].tolist(), strict=True):
-            tokens[row].append(token)
-        keys = [(layer, tuple(row)) for row in tokens]
-        new = torch.tensor([key not in self.known for key in keys], device=mask.device)
+        ends = torch.bincount(rows, minlength=count).cumsum(0).tolist()
+        tokens, starts = ids[mask].cpu().numpy(), [0, *ends[:-1]]
+        keys = [(layer, hashlib.sha256(tokens[a:b].tobytes()).digest()) for a, b in zip(starts, ends, strict=True)]
+        known = {key: self.known.get(key) for key in keys}
+        new = torch.tensor([known[key] is None for key in keys], device=mask.device)
         if bool(new.any()):
             own = (
                 torch.arange(count, device=mask.device).unsqueeze(1).expand_as(mask) if segments is None else segments
             )
-            wanted = mask & new[own]
-            found = standardised(hidden_features(module, self.state, layer, embeddings, wanted, own))
+            width, wanted = config.feature_dim or 0, mask & new[own]
+            found = standardised(hidden_features(module, self.state, layer, width, embeddings, wanted, own))
             for i in new.nonzero().flatten().tolist():
-                self.known[keys[i]] = found[i]
-        result = torch.stack([self.known[key] for key in keys])
-        while len(self.known) * result[0].nbytes > REMEMBERED_BYTES:
-            self.known.popitem(last=False)
-        return result
+                feature = known[keys[i]] = found[i].clone()
+                if len(self.known) * feature.nbytes < REMEMBERED_BYTES:
+                    self.known[keys[i]] = feature
+        return torch.stack([known[key] for key in keys])  # type: ignore[misc]  # none is missing now
+
+    def forget_if_changed(self, module: nn.Module) -> None:
+        """Forget all prompts if weights of the base have been written to, moved or cast since."""
+        frozen = [p for name, p in module.named_parameters() if "sapt_" not in name]
+        versions = sum(0 if p.is_inference() else p._version for p in frozen)
+        first = frozen[0] if frozen else None
+        state = versions, None if first is None else (first.data_ptr(), first.dtype, first.device)
+        if state != self.known_of:
+            self.known, self.known_of = {}, state

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from .packing import rows_of_segments
 from .prompt_mask import is_encoder_decoder
 
 DEPTH = 0.3  # of the layers, by default: where wordings that were never trained on find their block, at a third's cost
+SWITCHING = threading.RLock()  # held while a model in train mode reads a prompt as in eval mode
 AT_ONCE = 16384  # tokens of prompts that run together, padding among them
 
 
@@ -71,36 +72,68 @@ def default_layer(count: int) -> int:
 
 @torch.no_grad()
 def hidden_features(
-    module: nn.Module, state: ForwardState, layer: int, embeddings: Tensor, mask: Tensor, segments: Tensor | None
+    module: nn.Module,
+    state: ForwardState,
+    layer: int,
+    width: int,
+    embeddings: Tensor,
+    mask: Tensor,
+    segments: Tensor | None,
 ) -> Tensor:
-    """Mean hidden state of each prompt above ``layer`` layers: [N, d] in float32, NaN where a prompt is empty.
+    """Mean hidden state of each prompt above ``layer`` layers: [N, width] in float32, NaN where a prompt is empty.
 
     Args:
         module: the base model, or its encoder.
+        width: of a hidden state.
         embeddings: of all tokens, [B, S, d].
         mask: True on prompt tokens, [B, S].
         segments: of packed rows, the prompt that each token belongs to, [B, S]; then N is their number, else B.
     """
     rows, places, count = rows_of_segments(mask, segments)  # [M] each, M tokens of N = count prompts
-    found = torch.full((count, 1), torch.nan, device=mask.device)
-    if not len(rows):
-        return found.expand(count, embeddings.shape[-1])
     tokens, lengths = embeddings[mask], torch.bincount(rows, minlength=count)  # [M, d], [N]
-    parts, order = [], lengths.argsort()
-    order = order[lengths[order] > 0]
-    for chunk in order.split(max(1, AT_ONCE // int(lengths.max()))):
-        width = int(lengths[chunk].max())
-        width += width == len(chunk)  # never square, so that a layer which has positions first is told
+    found = torch.full((count, width), torch.nan, device=mask.device)
+    for chunk in parts_of(module, lengths):
         where = torch.full((count,), -1, device=mask.device)
         where[chunk] = torch.arange(len(chunk), device=mask.device)
         chosen = where[rows] >= 0
-        batch = tokens.new_zeros(len(chunk), width, tokens.shape[-1])
-        attended = torch.zeros(len(chunk), width, dtype=torch.bool, device=mask.device)
+        batch = tokens.new_zeros(len(chunk), max(1, int(lengths[chunk].max())), embeddings.shape[-1])
+        attended = torch.zeros(batch.shape[:2], dtype=torch.bool, device=mask.device)
         batch[where[rows[chosen]], places[chosen]] = tokens[chosen]
         attended[where[rows[chosen]], places[chosen]] = True
-        parts.append(mean_state(run_layers(module, state, layer, batch, attended), attended))
-    pooled = torch.cat(parts)  # [N', d] in the order of ``order``
-    return pooled.new_full((count, pooled.shape[-1]), torch.nan).index_copy(0, order, pooled)
+        attended[lengths[chunk] == 0, 0] = True  # a row must attend to something; its result is not used
+        states = mean_state(run_layers(module, state, layer, batch, attended), attended)
+        kept = lengths[chunk] > 0
+        found[chunk[kept]] = states[kept]
+    return found
+
+
+def parts_of(module: nn.Module, lengths: Tensor) -> list[Tensor]:
+    """Prompts with ``lengths`` [N] in parts that run together, by their numbers.
+
+    No part is square, so that a layer which has positions first is told by its shape. Where positions depend on the
+    longest row of a batch, each prompt is a part; of a model sharded by FSDP2 there is one part in every process,
+    however little there is to read, since the processes gather each layer together.
+    """
+    if sharding_of(module) is not None:
+        return [torch.arange(len(lengths), device=lengths.device)]
+    order = lengths.argsort()
+    order = order[lengths[order] > 0]
+    if not len(order):
+        return []
+    size = 1 if depends_on_longest(module) else max(1, AT_ONCE // int(lengths.max()))
+    parts = []
+    for chunk in order.split(size):
+        square = len(chunk) > 1 and len(chunk) == int(lengths[chunk].max())
+        parts += [chunk[:1], chunk[1:]] if square else [chunk]
+    return parts
+
+
+def depends_on_longest(module: nn.Module) -> bool:
+    """Whether rotary positions of ``module`` are scaled by the longest row of a batch."""
+    settings = text_config(text_model(module))
+    found = [getattr(settings, name, None) for name in ("rope_parameters", "rope_scaling")]
+    kinds = [part for given in found if isinstance(given, dict) for part in (given, *given.values())]
+    return any(isinstance(kind, dict) and kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds)
 
 
 def mean_state(states: Tensor, mask: Tensor) -> Tensor:
@@ -131,8 +164,10 @@ def run_layers(module: nn.Module, state: ForwardState, layer: int, embeddings: T
             raise StopForward
 
     handle = layers_of(module)[layer - 1].register_forward_hook(keep)
+    mixed = len({p.dtype for p in part.parameters() if p.is_floating_point()}) > 1  # which autocast alone makes run
+    plain = nullcontext() if mixed else torch.autocast(embeddings.device.type, enabled=False)
     try:
-        with state.without_blocks(), evaluating(part), torch.autocast(embeddings.device.type, enabled=False):
+        with state.without_blocks(), evaluating(part), plain:
             part.forward(**{name: value for name, value in inputs.items() if name in known or "kwargs" in known})
     except StopForward:
         pass
@@ -161,21 +196,54 @@ def in_rows(states: Tensor, mask: Tensor) -> Tensor:
 def evaluating(module: nn.Module) -> Iterator[None]:
     """``module`` in eval mode, each part as it was afterwards: training must read what inference reads.
 
-    Quantised layers stay as they are, for in eval mode some pack their weights so that these give no gradient later.
+    Left as it is where training changes nothing, as in models without dropout, since other threads may be training it;
+    else these take turns. Quantised layers stay as they are, for in eval mode some pack their weights so that these
+    give no gradient later.
     """
-    training = [part for part in module.modules() if part.training and not is_quantised(part)]
-    for part in training:
-        part.training = False
-    try:
+    if not module.training or not differs_in_training(module):
         yield
-    finally:
+        return
+    with SWITCHING:
+        training = [part for part in module.modules() if part.training and not is_quantised(part)]
         for part in training:
-            part.training = True
+            part.training = False
+        try:
+            yield
+        finally:
+            for part in training:
+                part.training = True
+
+
+def differs_in_training(module: nn.Module) -> bool:
+    """Whether ``module`` may answer otherwise in train mode: by dropout, running means, or checkpointed layers."""
+    settings = getattr(text_config(module), "__dict__", {})
+    named = [value for name, value in settings.items() if "drop" in name and isinstance(value, float)]
+    live = any(
+        (isinstance(part, nn.Dropout) and part.p > 0) or getattr(part, "running_mean", None) is not None
+        for part in module.modules()
+    )
+    return live or any(named) or bool(getattr(module, "is_gradient_checkpointing", False))
 
 
 def is_quantised(module: nn.Module) -> bool:
     """Whether ``module`` itself has weights that are no floating-point numbers."""
     return any(not parameter.is_floating_point() for parameter in module.parameters(recurse=False))
+
+
+def can_read(module: nn.Module, embedding: Tensor | None) -> bool:
+    """Whether the lowest layers of ``module`` read embeddings and tell states row by row, as a run of them shows."""
+    layers = layers_of(module)
+    if not layers or embedding is None:
+        return False
+    if any(p.device.type == "meta" for p in module.parameters()) or any(map(is_quantised, module.modules())):
+        return True  # nothing can run yet, or would pack weights, see evaluating
+    tokens = torch.zeros(2, 3, embedding.shape[-1], device=embedding.device, dtype=embedding.dtype)
+    try:
+        with torch.no_grad():
+            run_layers(module, ForwardState(), 1, tokens, torch.ones(2, 3, dtype=torch.bool, device=embedding.device))
+    except Exception:  # of somebody's model, which may raise anything
+        return False
+    return True
 
 
 def check_layer(module: nn.Module, layer: int | None) -> int:
@@ -195,3 +263,10 @@ def hidden_size(module: nn.Module) -> int | None:
     """Width of the hidden states of ``module``, as its config has it."""
     found = getattr(text_config(text_model(module)), "hidden_size", None)
     return found if isinstance(found, int) else None
+
+
+def longest_prompt(module: nn.Module) -> int | None:
+    """Positions that ``module`` has for a prompt, as its config has them; None if it does not say."""
+    settings = text_config(text_model(module))
+    found = (getattr(settings, name, None) for name in ("max_position_embeddings", "n_positions"))
+    return next((count for count in found if isinstance(count, int) and count > 0), None)

@@ -267,7 +267,8 @@ class RoutingHooks:
     def computed_weights(self, module: nn.Module, adapter: str, inputs: dict[str, Any]) -> Tensor:
         training, config, router = is_training(module), self.config_of(adapter), self.router_of(adapter)
         pooled, _, segments = read_prompts(module, config, self.reader, inputs, training)  # [N, d]
-        weights = router.attend(adapter, pooled, training)  # [N, T]
+        learns = training or (torch.is_grad_enabled() and inputs.get("labels") is not None)
+        weights = router.attend(adapter, pooled, learns)  # [N, T]
         if torch.is_grad_enabled():
             router.check_frozen(adapter)
             self.memory.check_frozen(adapter)
@@ -279,7 +280,7 @@ class RoutingHooks:
         else:
             if torch.is_grad_enabled() and inputs.get("labels") is not None:
                 self.refuse_eval_mode(adapter)
-            weights = select(weights, config.top_k, config.min_weight)
+            weights = select(weights, config.top_k, config.min_weight, config.renormalize)
         return weights if segments is None else weights[segments]  # [B, T] or [B, S, T]
 
 

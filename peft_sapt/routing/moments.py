@@ -23,7 +23,7 @@ class Moments(NamedTuple):
     @classmethod
     def of(cls, features: Tensor, rank: int) -> Moments:
         """Of features [n, d], with ``rank`` directions, or as many as n rows have; the others are zero."""
-        x = features.double()
+        x = wide(features)
         mean, centred = x.mean(dim=0), x - x.mean(dim=0)
         sizes, axes = leading(centred / math.sqrt(max(1, len(x) - 1)), rank)
         k = min(rank, len(x) - 1, len(axes))
@@ -39,11 +39,16 @@ class Moments(NamedTuple):
 
     def second_moment(self) -> Tensor:
         """``E[x x^T]`` for x with a 1 appended: [d + 1, d + 1] in float64."""
-        x = torch.cat([self.mean.double(), self.mean.new_ones(1, dtype=torch.float64)])
-        directions = self.directions.double()
+        mean, directions = wide(self.mean), wide(self.directions)
+        x = torch.cat([mean, mean.new_ones(1)])
         found = torch.outer(x, x)
-        found[:-1, :-1] += directions.mT @ directions + torch.diag(self.left.double().square())
+        found[:-1, :-1] += directions.mT @ directions + torch.diag(wide(self.left).square())
         return found
+
+
+def wide(x: Tensor) -> Tensor:
+    """``x`` in float64, or in float32 on devices that have no wider numbers."""
+    return x.float() if x.device.type == "mps" else x.double()
 
 
 def leading(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:

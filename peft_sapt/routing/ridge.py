@@ -1,8 +1,9 @@
 """The closed-form router's arithmetic: ridge regression of the task on pooled prompts, from running sums alone.
 
-A prompt's feature x is its mean token embedding, standardised to mean 0 and variance 1, with a 1 appended: D = d + 1.
-For each task t the pool keeps the mean m_t of its features, and for all tasks together G = sum_t mean(x x^T). The
-scores of a prompt are those of the regression of one-hot task labels in which each task weighs the same,
+A prompt's feature x is what SaptConfig.features says, standardised to mean 0 and variance 1, with a 1 appended:
+D = d + 1. For each task t the pool keeps the mean m_t of its features, and for all tasks together
+G = sum_t mean(x x^T). The scores of a prompt are those of the regression of one-hot task labels in which each task
+weighs the same,
 
     scores(x) = x^T (G + ridge * tr(G) / D * I)^-1 [m_1 ... m_T],
 

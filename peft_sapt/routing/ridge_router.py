@@ -17,12 +17,13 @@ from ..errors import SaptError, TaskError
 from ..pool_module import Linears, linear_from
 from . import ridge
 from .router import Router, feature_dim_of, stacked
+from .statistics import is_removed
 
 UNCALIBRATED = 0.25  # temperature of pools in which no task has been calibrated, about what real prompts need
 
 
 class RidgeRouter(Router):
-    """Ridge regression of the task on mean-pooled prompts; keeps sums only, needs no replay. See [`ridge`].
+    """Ridge regression of the task on features of prompts; keeps sums only, needs no replay. See [`ridge`].
 
     Per adapter, all frozen and in float32:
         - ``sapt_mean`` [1, d + 1], ``sapt_old_means`` [T - 1, d + 1]: means of the features of each task's prompts.
@@ -38,7 +39,7 @@ class RidgeRouter(Router):
     module_name = "ridge_router"
     needs_replay = False
     description = "ridge regression in closed form (one mean per task)"
-    keeps = "Of the prompts the pool keeps one mean of token embeddings per task and one matrix for all."
+    keeps = "Of the prompts the pool keeps the mean of their features per task and one matrix for all."
 
     other_param_names = ("sapt_mean", "sapt_old_means", "sapt_gram", "sapt_solved", "sapt_temperatures")
     stacks = {"sapt_mean": "sapt_old_means"}
@@ -86,7 +87,7 @@ class RidgeRouter(Router):
 
     @classmethod
     def stored_weights(
-        cls, state: Mapping[str, Tensor], config: SaptConfig, replay: list[Tensor] | None
+        cls, state: Mapping[str, Tensor], config: SaptConfig, replay: list[Tensor]
     ) -> list[Tensor | None]:
         """Weights of each task's mean features, which is what is stored; None for a task that was not seen."""
         means = means_in(state)  # [T, d + 1]
@@ -153,10 +154,12 @@ class RidgeRouter(Router):
         self.sapt_solved[adapter] = linear_from(solved.float())
 
     def whole_gram(self, adapter: str) -> Tensor:
-        """``sapt_gram`` and what prompts that belong to no task add to it, a class of its own in each form."""
-        gram = self.sapt_gram[adapter].weight.data.double()
-        for rows in self.hooks.statistics.background(adapter):
-            gram = gram + ridge.second_moment(ridge.features(rows)).to(gram)
+        """``sapt_gram`` and what prompts that belong to no task add to it, a class of its own in each form; a removed
+        task's are in it."""
+        gram, statistics = self.sapt_gram[adapter].weight.data.double(), self.hooks.statistics
+        for rows, form in zip(statistics.background(adapter), self.configs[adapter].background_forms, strict=True):
+            if not is_removed(form):
+                gram = gram + ridge.second_moment(ridge.features(rows)).to(gram)
         return gram
 
     def on_background(self, adapter: str) -> None:

@@ -93,15 +93,13 @@ class Router(FreePoolModule):
 
     @classmethod
     def stored_weights(
-        cls, state: Mapping[str, Tensor], config: SaptConfig, replay: list[Tensor] | None
+        cls, state: Mapping[str, Tensor], config: SaptConfig, replay: list[Tensor]
     ) -> list[Tensor | None]:
         """Mean weights [T] of what is stored of each task, for the model card; None where nothing is.
 
         Args:
-            replay: pooled replay rows of each task, [n_t, d], or None if the pool has none at all.
+            replay: what stands for each task's pooled prompts, [n_t, d]; n_t may be 0.
         """
-        if replay is None:
-            return [None for _ in config.tasks]
         return [cls.log_weights_of(state, config, r).exp().mean(dim=0) if len(r) else None for r in replay]
 
     # --- a task's life --------------------------------------------------------------------------------------------

@@ -128,7 +128,7 @@ def prepend_prompt(
                 f"{name} was filled without this pool's soft prompts: start from the whole prompt, without it."
             )
         width = (ids if ids is not None else inputs["inputs_embeds"]).shape[1]
-        if mask is None and off is not None:
+        if mask is None and off is not None and length_of(cache) >= length:  # a state has let go of what it read
             mask = torch.ones(len(off), length_of(cache) - length + width, dtype=torch.long, device=off.device)
         if mask is not None:
             changed["attention_mask"] = longer_mask(mask, length, off)

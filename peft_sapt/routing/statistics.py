@@ -7,6 +7,8 @@ From both it follows which prompts no task claims, see [`strangers`].
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -17,10 +19,21 @@ from .moments import Moments, along_directions, noise_of, normal
 from .router import feature_dim_of
 
 STATISTICS = "task_statistics"  # attribute on the base model
+GIVEN: list[list[int]] = [[-2], []]  # in place of a form's tokens: its prompts were given by a user
 FEW_PROMPTS = 100  # a task of so many prompts shares half of its covariance with all tasks
-BLUR = 0.3  # standard deviation of the noise on drawn prompts, as a share of their features'
+BLUR = 0.6  # times the root of that share: standard deviation of the noise on draws, in that of their features
 DRAWN_FOR_LIMIT, DRAWN_FOR_REMOVED = 1000, 100
 UNKNOWN = -1e9  # limit of a task that claims every prompt
+UNMEASURED = 1e9  # in place of a limit that no prompt was left out for
+
+
+def removed_form(task: str) -> list[list[int]]:
+    """In place of a form's tokens: its prompts were those of a task of this name."""
+    return [[-1], list(task.encode())]
+
+
+def is_removed(form: list[list[int]]) -> bool:
+    return form[0] == [-1]
 
 
 class TaskStatistics(FreePoolModule):
@@ -29,8 +42,8 @@ class TaskStatistics(FreePoolModule):
     Per adapter, all frozen and in float32:
         - ``sapt_statistics`` [k + 2, d] of the newest task, ``sapt_old_statistics`` [(T - 1) (k + 2), d]: mean,
           deviations beside the directions, and the k directions, see [`Moments`].
-        - ``sapt_counts`` [T, 2]: the number of prompts that they are of, 0 for a task without; and the score above
-          which all but a few of them lie when they are left out.
+        - ``sapt_counts`` [T, 2]: the number of prompts that they are of, 0 for a task without; and the margin above
+          which all but a few of them lay when they were left out.
         - ``sapt_background`` [N, d]: features of prompts that belong to no task, ``SaptConfig.background_rows`` of
           each form.
         - ``sapt_detector`` [T + K, d + 1] and ``sapt_limits`` [T, 1], which follow from these: see [`strangers`].
@@ -78,9 +91,9 @@ class TaskStatistics(FreePoolModule):
     def moments(self, adapter: str) -> list[Moments | None]:
         """Of each task, oldest first; None where nothing is known."""
         config = self.configs[adapter]
-        parts = [unshard(self.sapt_statistics[adapter].weight.data)]
+        parts = [unshard(self.sapt_statistics[adapter].weight.data).float()]
         if adapter in self.sapt_old_statistics:
-            old = unshard(self.sapt_old_statistics[adapter].weight.data)
+            old = unshard(self.sapt_old_statistics[adapter].weight.data).float()
             parts = [*old.split(config.statistics_rank + 2), *parts]
         counts = unshard(self.sapt_counts[adapter].weight.data)[:, 0].tolist()
         return [Moments(p[0], p[1], p[2:], int(n)) if n else None for p, n in zip(parts, counts, strict=True)]
@@ -89,7 +102,8 @@ class TaskStatistics(FreePoolModule):
         """Features [n, d] of prompts that belong to no task, by rendering."""
         if adapter not in self.sapt_background:
             return []
-        return list(unshard(self.sapt_background[adapter].weight.data).split(self.configs[adapter].background_rows))
+        rows = unshard(self.sapt_background[adapter].weight.data).float()
+        return list(rows.split(self.configs[adapter].background_rows))
 
     def known(self, adapter: str) -> list[bool]:
         """For each task, oldest first, whether its statistics are here."""
@@ -98,8 +112,8 @@ class TaskStatistics(FreePoolModule):
     def draw(self, adapter: str, wanted: list[int], generator: torch.Generator) -> list[Tensor]:
         """Fresh features of each task, ``wanted`` [T] many, from a normal distribution with its statistics.
 
-        A task of few prompts knows its covariance badly, so that it takes a share ``100 / (100 + n)`` of the noise
-        from the tasks at large; and all of it is blurred a little, which keeps what is learned from them simple.
+        A task of few prompts knows its covariance badly: it takes a share ``100 / (100 + n)`` of the noise from the
+        tasks at large, and is blurred accordingly, which keeps what is learned from its draws simple.
         """
         moments, device = self.moments(adapter), self.sapt_counts[adapter].weight.device
         tasks = torch.tensor([t for t, count in enumerate(wanted) for _ in range(count) if moments[t] is not None])
@@ -112,9 +126,10 @@ class TaskStatistics(FreePoolModule):
         share = (FEW_PROMPTS / (FEW_PROMPTS + counts[tasks])).unsqueeze(1).to(device)  # [N, 1]
         left = torch.stack([torch.zeros(width, device=device) if m is None else m.left for m in moments]).square()
         means = torch.stack([torch.zeros(width, device=device) if m is None else m.mean for m in moments])
-        scale = means[known].square().mean() + left[known].mean()  # of a feature, squared
+        along = torch.stack([moments[t].directions.square().sum(dim=0) for t in known])  # type: ignore[union-attr]  # they are known
+        scale = means[known].square().mean() + left[known].mean() + along.mean()  # of a feature, squared
         tasks, others = tasks.to(device), others.to(device)
-        spread = ((1 - share) * left[tasks] + share * left[others] + BLUR**2 * scale).sqrt()  # [N, d]
+        spread = ((1 - share) * left[tasks] + share * left[others] + BLUR**2 * share * scale).sqrt()  # [N, d]
         drawn = means[tasks] + spread * normal(spread.shape, generator, device)
         shares = ((tasks, (1 - share).sqrt()), (others, share.sqrt()))
         for t in known:  # one product a task, of all draws that take its directions
@@ -127,42 +142,48 @@ class TaskStatistics(FreePoolModule):
 
     def strangers(self, adapter: str, features: Tensor) -> Tensor | None:
         """Which of the prompts [n, d] the base model answers by itself, [n]; None if never any."""
-        limit = self.configs[adapter].fallback
-        weights = unshard(self.sapt_detector[adapter].weight.data)
-        if limit is None or not bool(weights.any()):
+        config = self.configs[adapter]
+        if config.fallback is None or (config.fallback == "auto" and not config.background_rows):
             return None
-        limits = unshard(self.sapt_limits[adapter].weight.data)
-        if isinstance(limit, str):
+        weights, limits = (unshard(c[adapter].weight.data) for c in (self.sapt_detector, self.sapt_limits))
+        if isinstance(config.fallback, str):
             return strangers.are_strangers(features, weights, limits)
-        return strangers.scores(features, weights)[:, : len(limits)].amax(dim=-1) < limit
+        best = strangers.scores(features, weights)[:, : len(limits)].amax(dim=-1)
+        unknown = unshard(self.sapt_counts[adapter].weight.data)[:, 0] == 0  # such a task may claim anything
+        return (best < config.fallback) & ~unknown.any()
 
     # --- a task's life ----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def fit(self, adapter: str, features: Tensor) -> None:
-        """Take in the newest task's prompts [n, d]; what is known of the others keeps its bytes."""
+    def fit(self, adapter: str, features: Tensor, groups: Tensor | None = None) -> None:
+        """Take in the newest task's prompts [n, d], in place of what was known of it; the others keep their bytes.
+
+        Args:
+            groups: which rows are renderings of one prompt, by numbers [n]; by default like rows count once.
+        """
         config = self.configs[adapter]
         if not config.statistics_rank or not len(features):
             return
-        own = Moments.of(features, config.statistics_rank)
+        if groups is None:
+            features = features.unique(dim=0)
+            groups = torch.arange(len(features), device=features.device)
+        others, background = [m for m in self.moments(adapter)[:-1] if m is not None], self.background(adapter)
+        own, limit = Moments.of(features, config.statistics_rank), UNMEASURED
+        if background:
+            left_out = strangers.left_out_margins(features, groups, others, background, config.statistics_rank)
+            limit = float(left_out.quantile(strangers.OWN_AWAY)) if len(left_out) else limit
         self.sapt_statistics[adapter].weight.data.copy_(own.stacked())
-        counts = self.sapt_counts[adapter].weight.data
-        counts[-1] = torch.tensor([float(len(features)), UNKNOWN])
-        if self.background(adapter):
-            others, background = [m for m in self.moments(adapter)[:-1] if m is not None], self.background(adapter)
-            left_out = strangers.left_out_margins(features, others, background, config.statistics_rank)
-            counts[-1, 1] = left_out.quantile(strangers.OWN_AWAY)
+        self.sapt_counts[adapter].weight.data[-1] = torch.tensor([float(own.rows), limit])
         self.solve(adapter)
 
     @torch.no_grad()
     def set_background(self, adapter: str, rows: list[Tensor]) -> None:
-        """Keep features [n, d] of prompts that belong to no task, by rendering, in place of what was kept."""
+        """Keep features [n, d] of prompts that belong to no task, by form, in place of what was kept."""
         config = self.hooks.memory.show_own_config(adapter)
         config.background_rows = [len(part) for part in rows]
         if rows:
             device = self.sapt_counts[adapter].weight.device
             self.sapt_background[adapter] = linear_from(torch.cat(rows).float().to(device))
-            self.limit_by_draws(adapter)
         elif adapter in self.sapt_background:
             del self.sapt_background[adapter]
         self.solve(adapter)
@@ -178,18 +199,21 @@ class TaskStatistics(FreePoolModule):
             del self.sapt_background[adapter]
         self.sapt_detector[adapter] = linear_from(like.new_zeros(len(like) + len(rows), width + 1))
 
-    def limit_by_draws(self, adapter: str) -> None:
-        """Limits of tasks whose prompts are gone, from draws in their place."""
-        moments, counts = self.moments(adapter), self.sapt_counts[adapter].weight.data
-        known, generator = [m for m in moments if m is not None], torch.Generator().manual_seed(0)
-        if not known:
-            return
-        weights = strangers.sums_of(known, self.background(adapter)).solve()
-        for i, own in enumerate(moments):
-            if own is not None:
-                drawn = own.mean + noise_of(own, DRAWN_FOR_LIMIT, generator)
-                margin = strangers.margins(drawn, weights, len(known)).amax(dim=-1)
-                counts[i, 1] = float(margin.quantile(strangers.OWN_AWAY))
+    def snapshot(self, adapter: str) -> Callable[[], None]:
+        """What brings back what is known of prompts of no task, whatever is done to it in between."""
+        config, names = self.configs[adapter], ("sapt_background", "sapt_detector")
+        known = {name: getattr(self, name)[adapter] for name in names if adapter in getattr(self, name)}
+        rows, forms = config.background_rows, config.background_forms
+
+        def undo() -> None:
+            config.background_rows, config.background_forms = rows, forms
+            for name in names:
+                if name in known:
+                    getattr(self, name)[adapter] = known[name]
+                elif adapter in getattr(self, name):
+                    del getattr(self, name)[adapter]
+
+        return undo
 
     def retired(self, adapter: str, index: int) -> list[Tensor]:
         """Draws [n, d] in place of a task's prompts, for when no task is to claim their like; none if not known."""
@@ -218,8 +242,9 @@ class TaskStatistics(FreePoolModule):
         counts = self.sapt_counts[adapter].weight.data
         width = feature_dim_of(self.configs[adapter]) + 1
         found = strangers.detector(moments, background, width).to(counts)
-        limits = torch.full_like(counts[:, :1], UNKNOWN)
-        if background and all(m is not None for m in moments):
-            limit = strangers.background_limit([m for m in moments if m is not None], background)
-            limits = counts[:, 1:].clamp(max=limit)
+        limits, known = torch.full_like(counts[:, :1], UNKNOWN), [m for m in moments if m is not None]
+        if background and len(known) == len(moments):
+            own, measured = strangers.drawn_limits(known, found, DRAWN_FOR_LIMIT).to(counts), counts[:, 1]
+            own = torch.where(measured == UNMEASURED, own, torch.minimum(own, measured))
+            limits = own.clamp(max=strangers.background_limit(known, background)).unsqueeze(1)
         self.sapt_detector[adapter], self.sapt_limits[adapter] = linear_from(found), linear_from(limits)

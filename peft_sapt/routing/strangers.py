@@ -8,9 +8,9 @@ appended, the scores are those of the regression of one-hot labels in which each
 
 where a task's part follows from its statistics alone. A prompt's margin for task t is ``s_t - max_k s_k`` over the K
 classes of everyday prompts. A task claims a prompt whose margin is not below its limit; what no task claims is a
-stranger. Limits come from prompts left out of the regression: so low that of everyday prompts in any form at most
-``EVERYDAY_CLAIMED`` are claimed, and never so high that more than ``OWN_AWAY`` of a task's own would be strangers.
-All of it is computed in float64.
+stranger. Limits come from prompts left out of the regression: so high that of everyday prompts in any form at most
+``EVERYDAY_CLAIMED`` are claimed; but never so high that more than ``OWN_AWAY`` of a task's own prompts lie below,
+which goes first where tasks and everyday prompts are alike. All of it is computed in float64.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .moments import Moments
+from .moments import Moments, noise_of, wide
 from .ridge import solve as solved
 
 RIDGE = 0.1  # regulariser, as a share of the features' mean variance
 FOLDS = 4
 OWN_AWAY = 0.005  # quantile of a task's own margins, left out, above which its limit never lies
-EVERYDAY_CLAIMED = 0.03  # share of everyday prompts, left out, that may be claimed in the worst form
+EVERYDAY_CLAIMED = 0.05  # share of everyday prompts, left out, that may be claimed in the worst form
 
 
 def with_one(features: Tensor) -> Tensor:
     """[n, d] -> [n, d + 1] in float64."""
-    x = features.double()
+    x = wide(features)
     return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1)
 
 
@@ -78,7 +78,7 @@ def detector(moments: Sequence[Moments | None], background: Sequence[Tensor], wi
 
 def scores(features: Tensor, weights: Tensor) -> Tensor:
     """``W x`` of features [n, d]: [n, T + K], in float64."""
-    return with_one(features) @ weights.double().mT
+    return with_one(features) @ wide(weights).mT
 
 
 def margins(features: Tensor, weights: Tensor, count: int) -> Tensor:
@@ -92,38 +92,60 @@ def are_strangers(features: Tensor, weights: Tensor, limits: Tensor) -> Tensor:
     count = len(limits)
     if len(weights) == count:
         return torch.zeros(len(features), dtype=torch.bool, device=features.device)
-    return (margins(features, weights, count) < limits.double().mT).all(dim=-1)
+    return (margins(features, weights, count) < wide(limits).mT).all(dim=-1)
 
 
-def folds_of(rows: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Rows [n, d] as pairs: those that stay, and those that are left out."""
-    number = torch.arange(len(rows), device=rows.device) % FOLDS
-    return [(rows[number != fold], rows[number == fold]) for fold in range(min(FOLDS, len(rows)))]
+def folds_of(count: int) -> Tensor:
+    """The fold of each of ``count`` rows, [count], by a permutation that is always the same."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0)) % FOLDS
 
 
-def left_out_margins(own: Tensor, others: Sequence[Moments], background: Sequence[Tensor], rank: int) -> Tensor:
-    """Each of a task's own prompts [n, d] by a regression that has not seen it: its best margin, [n]."""
-    rest, found = sums_of(others, background), []
-    for kept, left in folds_of(own):
-        if not len(kept):
-            return torch.zeros(0, dtype=torch.float64, device=own.device)
-        moments = Moments.of(kept, rank)
-        weights = Sums(rest.gram, [*rest.means[: len(others)], with_one(moments.mean), *rest.means[len(others) :]])
-        weights.gram = rest.gram + moments.second_moment()
-        found.append(margins(left, weights.solve(), len(others) + 1).amax(dim=-1))
-    return torch.cat(found)
+def left_out_margins(
+    own: Tensor, groups: Tensor, others: Sequence[Moments], background: Sequence[Tensor], rank: int
+) -> Tensor:
+    """The margin for its own task of each of a task's prompts [n, d], by a regression that has not seen it: [n'].
+
+    Args:
+        groups: the prompt that each row is, perhaps in several renderings, [n]: these are left out together. With less
+            than two prompts there is nothing to tell, and n' is 0.
+    """
+    count = int(groups.max()) + 1 if len(groups) else 0
+    numbers, rest, found = folds_of(count).to(own.device)[groups], sums_of(others, background), []
+    for fold in range(FOLDS):
+        kept, left = own[numbers != fold], own[numbers == fold]
+        if not len(kept) or not len(left):
+            continue
+        weights = rest.task(Moments.of(kept, rank)).solve()  # the task's own comes last
+        scores = with_one(left) @ weights.mT
+        known = scores[:, len(others) : len(others) + len(background)].amax(dim=1)
+        found.append(scores[:, -1] - known)
+    return torch.cat(found) if found else torch.zeros(0, dtype=torch.float64, device=own.device)
+
+
+def drawn_limits(tasks: Sequence[Moments], weights: Tensor, count: int) -> Tensor:
+    """The quantile ``OWN_AWAY`` of each task's margins, [T], over ``count`` draws in place of its prompts.
+
+    Args:
+        weights: of the regression on ``tasks`` and everyday prompts, [T + K, d + 1].
+    """
+    generator, found = torch.Generator().manual_seed(0), []
+    for i, own in enumerate(tasks):
+        drawn = own.mean + noise_of(own, count, generator)
+        found.append(margins(drawn, weights, len(tasks))[:, i].quantile(OWN_AWAY))
+    return torch.stack(found)
 
 
 def background_limit(tasks: Sequence[Moments], background: Sequence[Tensor]) -> float:
     """The margin that at most ``EVERYDAY_CLAIMED`` of everyday prompts, left out, exceed in their worst form."""
-    parts = [folds_of(rows) for rows in background]
     known = sums_of(tasks, [])
+    folds = [folds_of(len(rows)).to(rows.device) for rows in background]
     found: list[list[Tensor]] = [[] for _ in background]
-    for fold in range(min(len(part) for part in parts)):
+    for fold in range(FOLDS):
         sums = known
-        for part in parts:
-            sums = sums.rows(part[fold][0])
+        for rows, number in zip(background, folds, strict=True):
+            sums = sums.rows(rows[number != fold])
         weights = sums.solve()
-        for k, part in enumerate(parts):
-            found[k].append(margins(part[fold][1], weights, len(tasks)).amax(dim=-1))
+        for k, (rows, number) in enumerate(zip(background, folds, strict=True)):
+            if bool((number == fold).any()):
+                found[k].append(margins(rows[number == fold], weights, len(tasks)).amax(dim=-1))
     return max(float(torch.cat(margin).quantile(1 - EVERYDAY_CLAIMED)) for margin in found)

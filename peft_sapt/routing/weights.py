@@ -52,11 +52,11 @@ def check_weights(weights: Tensor, tasks: list[str], batch: int, device: torch.d
     return spread(weights, batch, "sapt_weights")
 
 
-def select(weights: Tensor, top_k: int | None, min_weight: float) -> Tensor:
+def select(weights: Tensor, top_k: int | None, min_weight: float, renormalize: bool = False) -> Tensor:
     """Weights [..., T] with zero in place of all but the ``top_k`` largest of a row and of those below ``min_weight``.
 
     The rest keep their values, so that the output moves by at most sum of dropped w_t * s_t * ||B_t A_t|| * ||x|| in
-    each layer. The largest weight of a row always stays.
+    each layer; or with ``renormalize`` they are scaled to the sum that all had. The largest weight of a row stays.
     """
     kept = weights
     if top_k is not None and top_k < weights.shape[-1]:
@@ -65,4 +65,6 @@ def select(weights: Tensor, top_k: int | None, min_weight: float) -> Tensor:
     if min_weight > 0:
         bound = weights.amax(dim=-1, keepdim=True).clamp(max=min_weight)
         kept = kept.masked_fill(weights < bound, 0.0)
+    if renormalize and kept is not weights:
+        kept = kept * (weights.sum(dim=-1, keepdim=True) / kept.sum(dim=-1, keepdim=True)).nan_to_num(0.0)
     return kept

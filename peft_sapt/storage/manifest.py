@@ -118,7 +118,7 @@ def build_manifest(
     """The manifest of a pool as a uint8 tensor of JSON; nothing that is given is changed.
 
     Args:
-        described: what the file holds, by name: tasks, ranks, scalings, replay_rows, committed, token_dim.
+        described: what the file holds, by name: tasks, ranks, scalings, replay_rows, committed, token_dim, statistics.
         config: values of the pool's config, as JSON has them.
         tensors: of the pool, by the names they have in the file.
         base: of the base model, see [`fingerprint`].

@@ -71,7 +71,7 @@ def test_train_eval_and_look_into_the_pool(ask, tmp_path) -> None:
     assert [scores[n]["constrained"] for n in scores] == pytest.approx(result["constrained"][-1])
     assert [scores[n]["routing %"] for n in scores] == pytest.approx(result["routing"])
     code, text = ask("pool", "show", "out/model", source=False)
-    assert code == 0 and "2 tasks" in text and re.search(r"first +4 +8 +0  committed", text), text
+    assert code == 0 and "2 tasks" in text and re.search(r"first +4 +8 +0 +16  committed", text), text
     code, text = ask("pool", "verify", "out/model", source=False)
     assert code == 0 and "are what was saved" in text
 

@@ -85,25 +85,47 @@ TEMPLATE = (
 def test_a_conversation_keeps_the_weights_of_its_first_turn(pool: Path, template) -> None:
     served = Served(pool)
     served.tokenizer.chat_template = template
-    talk = chat.Conversation(served, 4)
+    talk = chat.Conversation(served, 4, turns="first")
     talk.say(prompt_of("a"))
-    first, weights = talk.text(), dict(talk.weights)
+    first, weights = talk.text(talk.turns), dict(talk.weights)
     assert max(weights, key=lambda name: weights[name]) == "a"
     talk.say(prompt_of("b"))
-    assert talk.weights == weights and len(talk.turns) == 4 and talk.text().startswith(first[:20])
+    assert talk.weights == weights and len(talk.turns) == 4 and talk.text(talk.turns).startswith(first[:20])
     # without a cache: the same conversation read at once, with the weights that were held
     talk.turns, answer = talk.turns[:3], talk.turns[3]["content"]
-    inputs = served.encode(talk.text())
+    inputs = served.encode(talk.text(talk.turns))
     row = torch.tensor([list(weights.values())])
     tokens = served.model.generate(**inputs, sapt_weights=row, max_new_tokens=4, do_sample=False)
     again = served.tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert answer.split() == again.split()
 
 
+def test_each_turn_has_the_mixture_of_its_own_prompt(pool: Path, capsys, monkeypatch) -> None:
+    """As if it were asked alone; what no task claims is the base model's."""
+    talk = chat.Conversation(Served(pool), 4)
+    for name in ("a", "b", "a"):
+        talk.say(prompt_of(name))
+        assert talk.weights == talk.served.weights(talk.text([{"role": "user", "content": prompt_of(name)}]))
+        assert max(talk.weights, key=lambda task: talk.weights[task]) == name
+    monkeypatch.setattr(Served, "weights", lambda self, prompt, allowed=None: {})
+    monkeypatch.setattr(sys, "argv", ["chat", "--pool", str(pool), "--max-new-tokens", "3", "--say", prompt_of("b")])
+    assert chat.main() == 0 and "[the base model" in capsys.readouterr().out
+
+
+def test_what_no_task_claims_is_served_by_the_base_model(served: Served, tmp_path, monkeypatch) -> None:
+    model = served.model
+    monkeypatch.setattr(model, "attention_weights", lambda **batch: torch.zeros(1, 3))
+    assert served.weights(prompt_of("a")) == {} == served.weights(prompt_of("a"), ["b"])
+    base = AutoModelForCausalLM.from_pretrained(model.base_model.model.name_or_path)
+    assert served.answer(prompt_of("a"), {}, 8).text == greedy(served, base, prompt_of("a"))
+    mixtures = serve_vllm.Mixtures(served, tmp_path)
+    assert mixtures.adapter(prompt_of("a")) is None and not list(tmp_path.iterdir())
+
+
 def test_lines_are_written_as_in_training(pool: Path, capsys, monkeypatch) -> None:
     talk = chat.Conversation(Served(pool), 3, wrap="{} w5\nw6")
     talk.say("w20 w21")
-    assert talk.text().startswith("w20 w21 w5\nw6")
+    assert talk.text(talk.turns).startswith("w20 w21 w5\nw6")
     prompt = " ".join(prompt_of("b").split()[:-1])
     monkeypatch.setattr(sys, "argv", ["chat", "--pool", str(pool), "--wrap", "{}\\nw5", "--say", prompt])
     assert chat.main() == 0 and "[b " in capsys.readouterr().out

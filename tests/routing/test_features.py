@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, LongformerConfig, LongformerModel, OPTConfig, OPTForCausalLM
 
 from helpers.tiny import build_pool, labelled, padded, tiny_llama, tiny_t5, token_rows
 from helpers.training import fresh_pool
@@ -105,18 +106,20 @@ def test_training_reads_a_prompt_once(monkeypatch) -> None:
     runs, run_layers = [], hidden.run_layers
     monkeypatch.setattr(hidden, "run_layers", lambda *args: (runs.append(len(args[3])), run_layers(*args))[1])
     pool = build_pool("llama", ["a", "b", "c"], features="hidden").train()
-    batch = labelled("llama", ROWS[:2])
+    rows = token_rows([5, 9, 7, 14])
+    batch = labelled("llama", rows[:3])
     first = pool(**batch).loss
-    assert runs == [2]
-    assert torch.equal(pool(**batch).loss, first) and runs == [2]
-    pool(**labelled("llama", [ROWS[1], ROWS[3]]))
-    assert runs == [2, 1], "one of the two is new"
-    with torch.no_grad():
-        pool.get_base_model().get_input_embeddings().weight.mul_(1.5)
-    pool(**batch)
-    assert runs == [2, 1, 2], "other weights, other features"
+    assert runs == [3]
+    assert torch.equal(pool(**batch).loss, first) and runs == [3]
+    pool(**labelled("llama", [rows[1], rows[3]]))
+    assert runs == [3, 1], "one of the two is new"
+    for weight in (pool.get_base_model().get_input_embeddings().weight, pool.get_base_model().model.norm.weight):
+        with torch.no_grad():
+            weight.mul_(1.5)
+        pool(**batch)
+    assert runs == [3, 1, 3, 3], "other weights, other features"
     pool.eval()(**batch)
-    assert runs == [2, 1, 2, 2], "an answer is never taken from what was known"
+    assert runs == [3, 1, 3, 3, 3], "an answer is never taken from what was known"
 
 
 def test_an_answer_costs_one_partial_forward(monkeypatch) -> None:
@@ -125,6 +128,50 @@ def test_an_answer_costs_one_partial_forward(monkeypatch) -> None:
     pool = build_pool("llama", ["a", "b", "c"], features="hidden").eval()
     pool.generate(**padded(ROWS), max_new_tokens=6, do_sample=False, num_beams=3)
     assert runs == [4]
+
+
+def test_what_depends_on_the_longest_row_runs_alone() -> None:
+    """Dynamic rotary positions follow the longest row of a batch: features follow each prompt's own."""
+    config = LlamaConfig(vocab_size=100, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                         num_attention_heads=4, max_position_embeddings=16, pad_token_id=1,
+                         rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0})  # fmt: skip
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(config)
+    torch.nn.init.normal_(base.get_input_embeddings().weight)
+    pool = get_peft_model(base, SaptConfig(task_type="CAUSAL_LM", tasks=["a"], features="hidden"))
+    rows = token_rows([10, 60])
+    alone = torch.cat([pool.pooled_prompts([padded([row])]) for row in rows])
+    torch.testing.assert_close(pool.pooled_prompts([padded(rows)]), alone)
+
+
+def test_a_base_of_two_dtypes_under_autocast() -> None:
+    base = tiny_llama().to(torch.bfloat16)
+    for name, module in base.named_modules():
+        if "norm" in name:
+            module.float()
+    pool = get_peft_model(base, SaptConfig(task_type="CAUSAL_LM", tasks=["a", "b"], features="hidden"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert bool(pool.eval()(**padded(ROWS)).logits.isfinite().all())
+
+
+def test_rows_of_padding_where_widths_differ() -> None:
+    config = OPTConfig(vocab_size=100, hidden_size=32, word_embed_proj_dim=16, ffn_dim=48, pad_token_id=1,
+                       num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=64)  # fmt: skip
+    base = OPTForCausalLM(config)
+    pool = get_peft_model(base, SaptConfig(task_type="CAUSAL_LM", tasks=["a", "b"], init_weights=False)).eval()
+    batch = padded(token_rows([5, 4]))
+    batch["attention_mask"][0] = 0
+    weights = pool.attention_weights(**batch)
+    assert torch.equal(weights[0], torch.tensor([0.5, 0.5])) and bool(pool(**batch).logits.isfinite().all())
+
+
+def test_a_model_that_pads_its_rows_is_found_out_when_the_pool_is_built() -> None:
+    torch.manual_seed(0)
+    base = LongformerModel(LongformerConfig(vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                                            intermediate_size=48, attention_window=8, pad_token_id=1))  # fmt: skip
+    pool = get_peft_model(base, SaptConfig(tasks=["a", "b"], target_modules=["query", "value"]))
+    assert pool.base_model.pool.config.features == "both"
+    assert pool.pooled_prompts([padded(ROWS)]).shape == (4, 64)
 
 
 class Plain(nn.Module):

@@ -43,6 +43,24 @@ def test_selection_keeps_the_largest_unchanged(scores: list[float], top_k: int |
         assert float(weights[dropped].max()) <= float(kept[stays].min())
 
 
+def test_kept_weights_are_scaled_to_the_sum_of_all() -> None:
+    weights = torch.tensor([[0.5, 0.3, 0.2], [0.0, 0.0, 0.0], [0.1, 0.1, 0.8]])  # the second row is a stranger's
+    two = torch.tensor([[0.625, 0.375, 0.0], [0.0, 0.0, 0.0], [1 / 9, 0.0, 8 / 9]])
+    torch.testing.assert_close(select(weights, 2, 0.0, renormalize=True).sort(dim=1)[0], two.sort(dim=1)[0])
+    one = select(weights, 1, 0.0, renormalize=True)
+    torch.testing.assert_close(one, torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 1.0]]))
+    assert torch.equal(select(weights, None, 0.0, renormalize=True), weights), "nothing is left out"
+
+
+def test_hard_selection_answers_as_the_leading_task_does() -> None:
+    pool = build_pool("llama", TASKS, top_k=1, renormalize=True).eval()
+    prompts = padded(token_rows([6, 9]))
+    leads = pool.attention_weights(**prompts).argmax(dim=1).tolist()
+    with torch.no_grad():
+        found, named = pool(**prompts).logits, pool(**prompts, sapt_task=[TASKS[i] for i in leads]).logits
+    torch.testing.assert_close(found, named, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("ranks", [[4, 4, 4], [1, 5, 2, 7]])
 def test_norms_are_those_of_the_products(ranks: list[int]) -> None:
     a = [torch.randn(r, 20) for r in ranks]

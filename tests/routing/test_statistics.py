@@ -78,19 +78,23 @@ def pool_of_clouds(sizes: list[int], **config):
 
 
 def test_draws_share_the_covariance_as_they_say() -> None:
-    """(1 - s) C_own + s mean C_t + blur, with s = 100 / (100 + n)."""
+    """(1 - s) C_own + s mean C_t + blur^2 s, with s = 100 / (100 + n)."""
     pool, _ = pool_of_clouds([50, 900])
     known = pool.base_model.pool.statistics
     few, many = known.draw("default", [40_000, 40_000], torch.Generator().manual_seed(0))
     moments = known.moments("default")
     covariances = [m.directions.T @ m.directions + torch.diag(m.left**2) for m in moments]
-    scale = torch.stack([m.mean.square().mean() + m.left.square().mean() for m in moments]).mean()
+    scale = torch.stack(
+        [m.mean.square().mean() + c.diag().mean() for m, c in zip(moments, covariances, strict=True)]
+    ).mean()
     for drawn, own, n, mean in (
         (few, covariances[0], 50, moments[0].mean),
         (many, covariances[1], 900, moments[1].mean),
     ):
         share = 100 / (100 + n)
-        expected = (1 - share) * own + share * sum(covariances) / 2 + statistics.BLUR**2 * scale * torch.eye(64)
+        expected = (
+            (1 - share) * own + share * sum(covariances) / 2 + statistics.BLUR**2 * share * scale * torch.eye(64)
+        )
         torch.testing.assert_close(drawn.mean(dim=0), mean, atol=0.1, rtol=0)
         found = torch.cov(drawn.T)
         assert float((found - expected).norm() / expected.norm()) < 0.05
