@@ -164,7 +164,8 @@ class SaptModel(BaseTuner):
         lifecycle.commit_task(self.pool, inputs, replay)
 
     def reopen_task(self) -> None:
-        """Undo the commit of the current task to train it further; its target and replay rows go."""
+        """Undo the commit of the current task to train it further; its target and replay rows go. The router learns
+        new prompts beside those it knows; a block forgets what it is not shown: train it on old rows too."""
         lifecycle.reopen_task(self.pool)
 
     def warm_start(self, inputs: Batches) -> dict[str, float]:

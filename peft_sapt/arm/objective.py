@@ -62,7 +62,7 @@ def attention_loss(
     targets = pool.memory.targets(pool.adapter)[:-1]  # [T - 1, T]
     each = max(LEAST_DRAWN, DRAWN_ROWS // max(1, sum(not len(rows) for rows in replay)))
     wanted = [0 if len(rows) else each for rows in replay]
-    if any(wanted):
+    if any(wanted) or pool.adapter in pool.statistics.reopened:
         drawn = pool.statistics.draw(pool.adapter, [*wanted, len(current)], torch.Generator().manual_seed(seed))
         replay = [rows if len(rows) else fresh for rows, fresh in zip(replay, drawn, strict=False)]
         current = torch.cat([current.to(targets), drawn[-1]])

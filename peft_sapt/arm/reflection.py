@@ -287,7 +287,7 @@ class Reflection:
             self.ledger.of(pool).shares[pool.current_task] = warm_start.warm_start(pool, self.pooled)
             broadcast_from_rank0(p for p in model.parameters() if p.requires_grad)
         if not pool.router.needs_replay:
-            if not pool.router.is_fitted(pool.adapter):
+            if not pool.router.is_fitted(pool.adapter) or (pool.adapter in pool.statistics.reopened and not resumed):
                 lifecycle.fit_router(pool, self.every, statistics=False)
                 broadcast_from_rank0(pool.router.state_of(pool.adapter).values())
         elif len(pool.tasks) > 1 and not resumed and self.align_steps:

@@ -161,6 +161,7 @@ def commit_task(
     else:
         target = torch.eye(len(pool.tasks))[-1]
     memory.commit(adapter, target, rows)
+    pool.statistics.close(adapter)
     freeze_committed(pool.base)
 
 
@@ -203,7 +204,8 @@ def reopen_task(pool: Pool) -> None:
     """See [`SaptModel.reopen_task`]."""
     pool.refuse_sharded("reopen_task")
     pool.memory.reopen(pool.adapter)
-    pool.statistics.forget(pool.adapter)
+    pool.statistics.reopen(pool.adapter)
+    pool.router.reopen(pool.adapter)
     pool.memory.show_own_config(pool.adapter).inference_mode = False
     freeze_committed(pool.base)
     pool.refresh_trainable()

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import SaptConfig
-from ..pool_module import sharding_of
 from .forward_state import ForwardState
 from .hidden import hidden_features
 from .packing import max_pool_segments, mean_pool_segments, rows_of_segments
@@ -105,7 +104,7 @@ class PromptReader:
         if config.features != "hidden":
             return embedding_features(str(config.features), embeddings, mask, segments)
         layer, width = config.features_layer or 1, config.feature_dim or 0
-        if remember and ids is not None and sharding_of(module) is None:  # processes of a sharded one read together
+        if remember and ids is not None:
             return self.remembered(module, config, layer, ids, embeddings, mask, segments)
         return standardised(hidden_features(module, self.state, layer, width, embeddings, mask, segments))
 

@@ -23,6 +23,10 @@ from .packing import rows_of_segments
 from .prompt_mask import is_encoder_decoder
 
 DEPTH = 0.3  # of the layers, by default: where wordings that were never trained on find their block, at a third's cost
+SHARDED = (
+    "features='hidden' reads the base model's lowest layers by themselves, which FSDP gathers in a forward of the "
+    "whole model alone: build the pool with SaptConfig(features='both')."
+)
 SWITCHING = threading.RLock()  # held while a model in train mode reads a prompt as in eval mode
 AT_ONCE = 16384  # tokens of prompts that run together, padding among them
 
@@ -88,7 +92,12 @@ def hidden_features(
         embeddings: of all tokens, [B, S, d].
         mask: True on prompt tokens, [B, S].
         segments: of packed rows, the prompt that each token belongs to, [B, S]; then N is their number, else B.
+
+    Raises:
+        SaptError: the model is sharded: its layers are gathered in a forward of the whole model alone.
     """
+    if sharding_of(module) is not None:
+        raise SaptError(SHARDED)
     rows, places, count = rows_of_segments(mask, segments)  # [M] each, M tokens of N = count prompts
     tokens, lengths = embeddings[mask], torch.bincount(rows, minlength=count)  # [M, d], [N]
     found = torch.full((count, width), torch.nan, device=mask.device)
@@ -96,14 +105,11 @@ def hidden_features(
         where = torch.full((count,), -1, device=mask.device)
         where[chunk] = torch.arange(len(chunk), device=mask.device)
         chosen = where[rows] >= 0
-        batch = tokens.new_zeros(len(chunk), max(1, int(lengths[chunk].max())), embeddings.shape[-1])
+        batch = tokens.new_zeros(len(chunk), int(lengths[chunk].max()), embeddings.shape[-1])
         attended = torch.zeros(batch.shape[:2], dtype=torch.bool, device=mask.device)
         batch[where[rows[chosen]], places[chosen]] = tokens[chosen]
         attended[where[rows[chosen]], places[chosen]] = True
-        attended[lengths[chunk] == 0, 0] = True  # a row must attend to something; its result is not used
-        states = mean_state(run_layers(module, state, layer, batch, attended), attended)
-        kept = lengths[chunk] > 0
-        found[chunk[kept]] = states[kept]
+        found[chunk] = mean_state(run_layers(module, state, layer, batch, attended), attended)
     return found
 
 
@@ -111,11 +117,8 @@ def parts_of(module: nn.Module, lengths: Tensor) -> list[Tensor]:
     """Prompts with ``lengths`` [N] in parts that run together, by their numbers.
 
     No part is square, so that a layer which has positions first is told by its shape. Where positions depend on the
-    longest row of a batch, each prompt is a part; of a model sharded by FSDP2 there is one part in every process,
-    however little there is to read, since the processes gather each layer together.
+    longest row of a batch, each prompt is a part.
     """
-    if sharding_of(module) is not None:
-        return [torch.arange(len(lengths), device=lengths.device)]
     order = lengths.argsort()
     order = order[lengths[order] > 0]
     if not len(order):
@@ -146,22 +149,17 @@ def mean_state(states: Tensor, mask: Tensor) -> Tensor:
 
 
 def run_layers(module: nn.Module, state: ForwardState, layer: int, embeddings: Tensor, mask: Tensor) -> Tensor:
-    """Hidden states [B, S, d] above ``layer`` layers of ``module``, which is not called itself: no hook of ours runs.
-
-    Of a model sharded by FSDP2 all layers run: to stop amid them would leave some unsharded.
-    """
+    """Hidden states [B, S, d] above ``layer`` layers of ``module``, which is not called itself: no hook runs."""
     part, thread = text_model(module), threading.get_ident()
     known = inspect.signature(part.forward).parameters
     inputs = {"inputs_embeds": embeddings, "attention_mask": mask.long(), "use_cache": False}
     kept: list[Tensor] = []
-    whole = sharding_of(module) is not None
 
     def keep(_: nn.Module, __: tuple, output: Any) -> None:
         if threading.get_ident() != thread:  # of another thread, whose forward goes on
             return
         kept.append(output if isinstance(output, Tensor) else output[0])
-        if not whole:
-            raise StopForward
+        raise StopForward
 
     handle = layers_of(module)[layer - 1].register_forward_hook(keep)
     mixed = len({p.dtype for p in part.parameters() if p.is_floating_point()}) > 1  # which autocast alone makes run

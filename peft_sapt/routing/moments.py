@@ -33,6 +33,22 @@ class Moments(NamedTuple):
         left = (varies - directions.square().sum(dim=0)).clamp(min=0).sqrt()
         return cls(mean.float(), left.float(), directions.float(), len(x))
 
+    def joined(self, other: Moments) -> Moments:
+        """Of the prompts of both, with as many directions: their covariance is (1 - w) C_1 + w C_2 + w (1 - w) D D^T,
+        with w the share of the ``other`` ones and D the difference of the means."""
+        share = other.rows / (self.rows + other.rows)
+        a, b = (1 - share) ** 0.5, share**0.5
+        apart = wide(self.mean - other.mean)[None] * a * b
+        rows = torch.cat([wide(self.directions) * a, wide(other.directions) * b, apart])  # [2 k + 1, d]
+        sizes, axes = leading(rows, len(self.directions))
+        kept = (axes * sizes[:, None])[: len(self.directions)]
+        directions = torch.zeros_like(wide(self.directions))
+        directions[: len(kept)] = kept
+        left = (1 - share) * wide(self.left).square() + share * wide(other.left).square()
+        left = left + (rows.square().sum(dim=0) - directions.square().sum(dim=0)).clamp(min=0)
+        mean = (1 - share) * self.mean + share * other.mean
+        return Moments(mean, left.sqrt().float(), directions.float(), self.rows + other.rows)
+
     def stacked(self) -> Tensor:
         """As one part of a pool, [k + 2, d]."""
         return torch.cat([self.mean[None], self.left[None], self.directions])

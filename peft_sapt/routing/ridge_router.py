@@ -52,6 +52,7 @@ class RidgeRouter(Router):
     def __init__(self) -> None:
         super().__init__()
         self.ready: dict[str, str | None] = {}  # by adapter: the newest task, once it is known to be fitted
+        self.before: dict[str, tuple[Tensor, Tensor]] = {}  # by adapter: mean and sums when its task was reopened
 
     @classmethod
     def check_config(cls, config: SaptConfig) -> None:
@@ -116,6 +117,12 @@ class RidgeRouter(Router):
     def is_fitted(self, adapter: str) -> bool:
         return self.fitted(adapter)[-1]
 
+    def reopen(self, adapter: str) -> None:
+        """From now on [`fit`] adds prompts to those that the task has been fitted to."""
+        if self.is_fitted(adapter) and adapter in self.hooks.statistics.reopened:
+            parts = self.sapt_mean[adapter].weight.data, self.sapt_gram[adapter].weight.data
+            self.before[adapter] = (parts[0].clone(), parts[1].clone())
+
     def check_ready(self, adapter: str) -> None:
         """The router must know a task before its block trains, or the block would get no weight."""
         task = self.configs[adapter].task_name
@@ -129,7 +136,7 @@ class RidgeRouter(Router):
         self.ready[adapter] = task
 
     def check_fit(self, adapter: str) -> None:
-        if self.is_fitted(adapter):
+        if self.is_fitted(adapter) and adapter not in self.before:
             raise TaskError(
                 f"The router has seen task {self.configs[adapter].task_name!r} already, and keeps no rows that could "
                 "be replaced: remove_task and add_task start it over."
@@ -139,8 +146,15 @@ class RidgeRouter(Router):
     def fit(self, adapter: str, pooled: Tensor) -> None:
         """Add the sums of the newest task's prompts [n, d], solve, calibrate; older tasks' sums keep their bytes."""
         x, gram = ridge.features(pooled), self.sapt_gram[adapter].weight.data
-        self.sapt_mean[adapter].weight.data.copy_(x.mean(dim=0, keepdim=True))
-        gram.add_(ridge.second_moment(x))
+        mean, moment, share = x.mean(dim=0, keepdim=True), ridge.second_moment(x), 1.0
+        if adapter in self.before:  # what was known of the task is in the sums; its statistics tell how much of them
+            known = self.hooks.statistics.reopened[adapter]
+            share = len(x) / (len(x) + known.rows)
+            mean = (1 - share) * self.before[adapter][0].to(mean) + share * mean
+            gram.copy_(self.before[adapter][1])
+            moment = moment - known.second_moment().to(moment)
+        self.sapt_mean[adapter].weight.data.copy_(mean)
+        gram.add_(share * moment)
         self.solve(adapter)
         count = len(self.configs[adapter].tasks)
         if count > 1 and len(x) > 1:
@@ -171,6 +185,7 @@ class RidgeRouter(Router):
         rows = [old[i] if i >= 0 else old.new_zeros(1) for i in kept]
         self.sapt_temperatures[adapter] = linear_from(torch.stack(rows))
         self.ready.pop(adapter, None)
+        self.before.pop(adapter, None)
         self.solve(adapter)
 
     def on_commit(self, adapter: str, pooled: Tensor) -> None:

@@ -122,6 +122,9 @@ class Router(FreePoolModule):
         """Whether [`fit`] has seen the newest task; a router that needs neither fit nor replay is always fitted."""
         return False
 
+    def reopen(self, adapter: str) -> None:
+        """The newest task is no longer committed, and more prompts of it may come."""
+
     def resize(self, adapter: str, kept: list[int]) -> None:
         """Let what is in no stack follow its tasks: ``kept`` are indices of before, -1 for a new task."""
 

@@ -21,7 +21,7 @@ from .router import feature_dim_of
 STATISTICS = "task_statistics"  # attribute on the base model
 GIVEN: list[list[int]] = [[-2], []]  # in place of a form's tokens: its prompts were given by a user
 FEW_PROMPTS = 100  # a task of so many prompts shares half of its covariance with all tasks
-BLUR = 0.6  # times the root of that share: standard deviation of the noise on draws, in that of their features
+BLUR = 0.3  # standard deviation of the noise on draws, in that of their features
 DRAWN_FOR_LIMIT, DRAWN_FOR_REMOVED = 1000, 100
 UNKNOWN = -1e9  # limit of a task that claims every prompt
 UNMEASURED = 1e9  # in place of a limit that no prompt was left out for
@@ -59,6 +59,14 @@ class TaskStatistics(FreePoolModule):
     sapt_background: Linears
     sapt_detector: Linears
     sapt_limits: Linears
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reopened: dict[str, Moments] = {}  # by adapter: what was known of a task before it was opened again
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.reopened.pop(adapter_name, None)
 
     def update_layer(self, adapter: str, config: SaptConfig, device: torch.device | None) -> None:
         """Empty statistics for the tasks in ``config``."""
@@ -113,7 +121,7 @@ class TaskStatistics(FreePoolModule):
         """Fresh features of each task, ``wanted`` [T] many, from a normal distribution with its statistics.
 
         A task of few prompts knows its covariance badly: it takes a share ``100 / (100 + n)`` of the noise from the
-        tasks at large, and is blurred accordingly, which keeps what is learned from its draws simple.
+        tasks at large. All draws are blurred alike, which keeps what is learned from them simple.
         """
         moments, device = self.moments(adapter), self.sapt_counts[adapter].weight.device
         tasks = torch.tensor([t for t, count in enumerate(wanted) for _ in range(count) if moments[t] is not None])
@@ -129,7 +137,7 @@ class TaskStatistics(FreePoolModule):
         along = torch.stack([moments[t].directions.square().sum(dim=0) for t in known])  # type: ignore[union-attr]  # they are known
         scale = means[known].square().mean() + left[known].mean() + along.mean()  # of a feature, squared
         tasks, others = tasks.to(device), others.to(device)
-        spread = ((1 - share) * left[tasks] + share * left[others] + BLUR**2 * share * scale).sqrt()  # [N, d]
+        spread = ((1 - share) * left[tasks] + share * left[others] + BLUR**2 * scale).sqrt()  # [N, d]
         drawn = means[tasks] + spread * normal(spread.shape, generator, device)
         shares = ((tasks, (1 - share).sqrt()), (others, share.sqrt()))
         for t in known:  # one product a task, of all draws that take its directions
@@ -156,7 +164,8 @@ class TaskStatistics(FreePoolModule):
 
     @torch.no_grad()
     def fit(self, adapter: str, features: Tensor, groups: Tensor | None = None) -> None:
-        """Take in the newest task's prompts [n, d], in place of what was known of it; the others keep their bytes.
+        """Take in the newest task's prompts [n, d], in place of what was known of it; of one that was reopened, beside
+        what was known before. The others keep their bytes.
 
         Args:
             groups: which rows are renderings of one prompt, by numbers [n]; by default like rows count once.
@@ -172,6 +181,7 @@ class TaskStatistics(FreePoolModule):
         if background:
             left_out = strangers.left_out_margins(features, groups, others, background, config.statistics_rank)
             limit = float(left_out.quantile(strangers.OWN_AWAY)) if len(left_out) else limit
+        own = self.reopened[adapter].joined(own) if adapter in self.reopened else own
         self.sapt_statistics[adapter].weight.data.copy_(own.stacked())
         self.sapt_counts[adapter].weight.data[-1] = torch.tensor([float(own.rows), limit])
         self.solve(adapter)
@@ -222,16 +232,20 @@ class TaskStatistics(FreePoolModule):
             return []
         return [own.mean + noise_of(own, DRAWN_FOR_REMOVED, torch.Generator().manual_seed(0))]
 
-    @torch.no_grad()
-    def forget(self, adapter: str) -> None:
-        """Drop what is known of the newest task."""
-        self.sapt_statistics[adapter].weight.data.zero_()
-        self.sapt_counts[adapter].weight.data[-1] = 0.0
-        self.solve(adapter)
+    def reopen(self, adapter: str) -> None:
+        """What is known of the newest task counts beside what is shown next, until it is committed."""
+        own = self.moments(adapter)[-1]
+        if own is not None:
+            self.reopened[adapter] = Moments(own.mean.clone(), own.left.clone(), own.directions.clone(), own.rows)
+
+    def close(self, adapter: str) -> None:
+        """The newest task is committed, or another one."""
+        self.reopened.pop(adapter, None)
 
     @torch.no_grad()
     def resize(self, adapter: str, kept: list[int]) -> None:
         """Let counts follow their tasks: ``kept`` are indices of before, -1 for a new task."""
+        self.close(adapter)
         old = self.sapt_counts[adapter].weight.data
         self.sapt_counts[adapter] = linear_from(torch.stack([old[i] if i >= 0 else old.new_zeros(2) for i in kept]))
         self.solve(adapter)

@@ -19,7 +19,7 @@ from helpers.paths import environment
 from helpers.tiny import padded
 from helpers.words import collate, tokenizer
 from peft_sapt import ArmCallback
-from peft_sapt.errors import TaskError
+from peft_sapt.errors import SaptError, TaskError
 
 
 def run(mode: str, folder: Path, processes: int = 2) -> None:
@@ -58,14 +58,14 @@ def test_ddp_equals_one_process(kind: str, tmp_path) -> None:
 @pytest.mark.slow
 def test_fsdp2_equals_one_process(tmp_path) -> None:
     run("fsdp2", tmp_path)
-    model = open_pool().train()
+    model = open_pool(features="mean").train()
     arm = ArmCallback(tokenizer(), replay="rows", align_steps=3)
     arm.prepare(model, [collate(ROWS)])
     penalty = arm.penalty(model)
     assert float(penalty.detach()) > 0.02
     (penalty + model(**collate(ROWS), use_cache=False).loss).backward()
     assert_same(torch.load(tmp_path / "fsdp2.pt"), gradients(model))
-    loaded = PeftModel.from_pretrained(open_pool().unload(), tmp_path / "pool").eval()
+    loaded = PeftModel.from_pretrained(open_pool(features="mean").unload(), tmp_path / "pool").eval()
     with torch.no_grad():
         batch = padded([row["input_ids"] for row in ROWS])
         assert torch.equal(loaded(**batch).logits, model.eval()(**batch).logits)
@@ -74,7 +74,7 @@ def test_fsdp2_equals_one_process(tmp_path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_fsdp1_serves_a_pool(kind: str, tmp_path) -> None:
     """With its default flags: parameters become flat ones, and plain tensors take their places."""
-    model = open_pool(kind).eval()
+    model = open_pool(kind, features="mean").eval()
     batch = padded([row["input_ids"] for row in ROWS])
     expected = model(**batch).logits.detach()
     for parameter in model.parameters():
@@ -91,8 +91,11 @@ def test_fsdp1_serves_a_pool(kind: str, tmp_path) -> None:
 
 def test_data_parallel_and_sharded_models_are_refused(monkeypatch) -> None:
     model = open_pool()
+    assert model.base_model.pool.config.features == "hidden"
     parameter = next(model.parameters())
     sharded = type("DTensor", (torch.nn.Parameter,), {})
     monkeypatch.setattr(parameter, "__class__", sharded, raising=False)
+    with pytest.raises(SaptError, match=r"features='hidden'.*FSDP.*features='both'"):
+        model(**padded([row["input_ids"] for row in ROWS]))
     with pytest.raises(TaskError, match="before FSDP wraps the model"):
         model.add_task("d")

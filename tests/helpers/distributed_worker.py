@@ -33,9 +33,9 @@ KINDS = {
 }
 
 
-def open_pool(kind: str = ""):
+def open_pool(kind: str = "", **fields):
     """Two committed tasks with replay rows, and a third that trains."""
-    model = build_pool("llama", ["a"], **KINDS[kind])
+    model = build_pool("llama", ["a"], **KINDS[kind], **fields)
     for name in ("b", "c"):
         rows = torch.randn(6, 64, generator=torch.Generator().manual_seed(ord(name)))
         model.commit_task(rows, replay=rows if model.base_model.router.needs_replay else None)
@@ -82,7 +82,7 @@ def fsdp2(folder: Path, kind: str) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     mesh = init_device_mesh("cpu", (2,))
-    model = open_pool().train()
+    model = open_pool(features="mean").train()
     for layer in model.get_base_model().model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)

@@ -78,7 +78,7 @@ def pool_of_clouds(sizes: list[int], **config):
 
 
 def test_draws_share_the_covariance_as_they_say() -> None:
-    """(1 - s) C_own + s mean C_t + blur^2 s, with s = 100 / (100 + n)."""
+    """(1 - s) C_own + s mean C_t + blur^2, with s = 100 / (100 + n)."""
     pool, _ = pool_of_clouds([50, 900])
     known = pool.base_model.pool.statistics
     few, many = known.draw("default", [40_000, 40_000], torch.Generator().manual_seed(0))
@@ -92,9 +92,7 @@ def test_draws_share_the_covariance_as_they_say() -> None:
         (many, covariances[1], 900, moments[1].mean),
     ):
         share = 100 / (100 + n)
-        expected = (
-            (1 - share) * own + share * sum(covariances) / 2 + statistics.BLUR**2 * share * scale * torch.eye(64)
-        )
+        expected = (1 - share) * own + share * sum(covariances) / 2 + statistics.BLUR**2 * scale * torch.eye(64)
         torch.testing.assert_close(drawn.mean(dim=0), mean, atol=0.1, rtol=0)
         found = torch.cov(drawn.T)
         assert float((found - expected).norm() / expected.norm()) < 0.05
@@ -184,3 +182,32 @@ def test_a_draw_is_no_training_prompt() -> None:
     to_training = torch.cdist(drawn, pooled).amin(dim=1)
     between = torch.cdist(pooled, pooled).fill_diagonal_(torch.inf).amin(dim=1)
     assert float(to_training.min()) > float(between.median()) * 0.5
+
+
+def test_joined_moments_are_those_of_all_rows() -> None:
+    x, y = cloud(60, 10), cloud(40, 10, seed=1) + 1.0
+    found, expected = Moments.of(x, 10).joined(Moments.of(y, 10)), Moments.of(torch.cat([x, y]), 10)
+    assert found.rows == 100
+    torch.testing.assert_close(found.mean, expected.mean, atol=1e-5, rtol=1e-4)
+    mine, all_rows = (m.directions.T @ m.directions + torch.diag(m.left**2) for m in (found, expected))
+    assert float((mine - all_rows).norm() / all_rows.norm()) < 0.03  # n - 1 in place of n
+
+
+@pytest.mark.parametrize("router", ["attention", "ridge"])
+def test_a_reopened_task_knows_old_prompts_and_new_ones(router: str) -> None:
+    """New prompts alone are shown, twice: both kinds lead to the task, and neither is a stranger."""
+    pool, arm = fresh_pool(router=router), ArmCallback(tokenizer())
+    for name in ("a", "b"):
+        if name not in pool.tasks:
+            pool.add_task(name)
+        arm.prepare(pool, [prompts_of(name, seed=0)])
+        arm.reflect(pool)
+    pool.reopen_task()
+    for _ in range(2):
+        arm.prepare(pool, [prompts_of("c", seed=0)])  # of another kind than b's
+    arm.reflect(pool)
+    assert pool.committed_tasks == ["a", "b"] and not pool.base_model.pool.statistics.reopened
+    for name, wanted in (("a", 0), ("b", 1), ("c", 1)):
+        weights = pool.eval().attention_weights(**prompts_of(name, seed=3))
+        assert float((weights.argmax(dim=1) == wanted).float().mean()) > 0.9, name
+        assert float((weights.sum(dim=1) == 0).float().mean()) < 0.1, name
