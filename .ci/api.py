@@ -15,6 +15,7 @@ import peft_sapt
 from peft_sapt.continual.frozen_prefix import KnownRow
 from peft_sapt.ops.devtools.compile_check import Compiled, Variant
 from peft_sapt.ops.devtools.timings import Timing
+from peft_sapt.routing.moments import Moments
 from peft_sapt.routing.prompts import Prompts
 from peft_sapt.routing.soft_prompts import Inserted
 
@@ -42,6 +43,7 @@ def build(folder: Path) -> list[str]:
         Compiled,
         Inserted,
         KnownRow,
+        Moments,
         Prompts,
         Timing,
         Variant,

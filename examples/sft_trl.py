@@ -39,7 +39,7 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=64, help="training rows per task")
     parser.add_argument("--epochs", type=float, default=3.0)
     parser.add_argument(
-        "--replay", choices=("generated", "rows"), default="generated", help="what stands for old tasks"
+        "--replay", choices=("statistics", "generated", "rows"), default="statistics", help="what stands for old tasks"
     )
     args = parser.parse_args()
     model, tokenizer = load_base(args.model, args.cache)

@@ -56,7 +56,8 @@ def learn(model, tokenizer, name: str, rows: list, args: argparse.Namespace) -> 
     model.record_task(name, data=str(args.tasks_dir or "made up by examples/synthetic.py"), license=args.license)
     save_pool(model, args.out, arm)
     report = arm.reports[name]
-    print(f"{name}: trained on {len(rows)} rows; {report['kept']} rows stand for it from now on ({args.replay})")
+    stand = f"{report['kept']} rows" if report["kept"] else "statistics of its prompts"
+    print(f"{name}: trained on {len(rows)} rows; {stand} stand for it from now on ({args.replay})")
 
 
 def main() -> int:
@@ -75,7 +76,7 @@ def main() -> int:
     parser.add_argument("--lr", type=float, default=5e-3)
     parser.add_argument("--max-tokens", type=int, default=96, help="of a prompt")
     parser.add_argument(
-        "--replay", choices=("generated", "rows"), default="generated", help="what stands for old tasks"
+        "--replay", choices=("statistics", "generated", "rows"), default="statistics", help="what stands for old tasks"
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
