@@ -40,6 +40,8 @@ class NaiveLayer(nn.Module):
         self.new_a, self.new_b = nn.Parameter(a[-1].clone()), nn.Parameter(b[-1].clone())
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.state.blocks_are_off:
+            return self.base_layer(x)
         weights = self.state.weights * self.scaling  # [B, T]
         half = len(self.old) // 2
         old = list(zip(self.old[:half], self.old[half:], strict=True))

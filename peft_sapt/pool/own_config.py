@@ -51,6 +51,8 @@ def choose_features(config: SaptConfig, embedding: Tensor | None, model: nn.Modu
         config.features = "max"
     if config.features is None:
         config.features = "hidden" if can_read(model, embedding) else "both"
+        if embedding is None:
+            config.features = "mean"  # which a caller pools, of the width that the config gives
     width = config.token_dim or 0
     if config.features == "hidden":
         config.features_layer = check_layer(model, config.features_layer)

@@ -119,9 +119,14 @@ class RidgeRouter(Router):
 
     def reopen(self, adapter: str) -> None:
         """From now on [`fit`] adds prompts to those that the task has been fitted to."""
+        self.before.pop(adapter, None)
         if self.is_fitted(adapter) and adapter in self.hooks.statistics.reopened:
             parts = self.sapt_mean[adapter].weight.data, self.sapt_gram[adapter].weight.data
             self.before[adapter] = (parts[0].clone(), parts[1].clone())
+
+    def is_reopened(self, adapter: str) -> bool:
+        """Whether the newest task has been fitted and opened again, so that more of its prompts may come."""
+        return adapter in self.before and adapter in self.hooks.statistics.reopened
 
     def check_ready(self, adapter: str) -> None:
         """The router must know a task before its block trains, or the block would get no weight."""
@@ -136,7 +141,7 @@ class RidgeRouter(Router):
         self.ready[adapter] = task
 
     def check_fit(self, adapter: str) -> None:
-        if self.is_fitted(adapter) and adapter not in self.before:
+        if self.is_fitted(adapter) and not self.is_reopened(adapter):
             raise TaskError(
                 f"The router has seen task {self.configs[adapter].task_name!r} already, and keeps no rows that could "
                 "be replaced: remove_task and add_task start it over."
@@ -147,7 +152,9 @@ class RidgeRouter(Router):
         """Add the sums of the newest task's prompts [n, d], solve, calibrate; older tasks' sums keep their bytes."""
         x, gram = ridge.features(pooled), self.sapt_gram[adapter].weight.data
         mean, moment, share = x.mean(dim=0, keepdim=True), ridge.second_moment(x), 1.0
-        if adapter in self.before:  # what was known of the task is in the sums; its statistics tell how much of them
+        if self.is_reopened(
+            adapter
+        ):  # what was known of the task is in the sums; its statistics tell how much of them
             known = self.hooks.statistics.reopened[adapter]
             share = len(x) / (len(x) + known.rows)
             mean = (1 - share) * self.before[adapter][0].to(mean) + share * mean
