@@ -73,7 +73,7 @@ def with_manifest(
 
 
 def prompts_in(counts: Tensor) -> list[int]:
-    """Of how many prompts of each task there are statistics, by the counts [T, 2] of a pool; [] on the meta device."""
+    """Of how many prompts of each task there are statistics, by the counts [T, 3] of a pool; [] on the meta device."""
     return [] if counts.device.type == "meta" else [int(count) for count in counts[:, 0].tolist()]
 
 

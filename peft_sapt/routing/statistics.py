@@ -22,7 +22,7 @@ STATISTICS = "task_statistics"  # attribute on the base model
 GIVEN: list[list[int]] = [[-2], []]  # in place of a form's tokens: its prompts were given by a user
 FEW_PROMPTS = 100  # a task of so many prompts shares half of its covariance with all tasks
 BLUR = 0.3  # standard deviation of the noise on draws, in that of their features
-DRAWN_FOR_LIMIT, DRAWN_FOR_REMOVED = 1000, 100
+DRAWN, DRAWN_FOR_REMOVED = 1000, 100
 UNKNOWN = -1e9  # limit of a task that claims every prompt
 UNMEASURED = 1e9  # in place of a limit that no prompt was left out for
 
@@ -42,11 +42,12 @@ class TaskStatistics(FreePoolModule):
     Per adapter, all frozen and in float32:
         - ``sapt_statistics`` [k + 2, d] of the newest task, ``sapt_old_statistics`` [(T - 1) (k + 2), d]: mean,
           deviations beside the directions, and the k directions, see [`Moments`].
-        - ``sapt_counts`` [T, 2]: the number of prompts that they are of, 0 for a task without; and the margin above
-          which all but a few of them lay when they were left out.
+        - ``sapt_counts`` [T, 3]: the number of prompts that they are of, 0 for a task without; the margin above which
+          all but a few of them lay when they were left out; and that of draws in their place, by the same regression.
         - ``sapt_background`` [N, d]: features of prompts that belong to no task, ``SaptConfig.background_rows`` of
           each form.
-        - ``sapt_detector`` [T + K, d + 1] and ``sapt_limits`` [T, 1], which follow from these: see [`strangers`].
+        - ``sapt_detector`` [T + K, d + 1] and ``sapt_limits`` [T, 1], all the same, which follow from these: see
+          [`strangers`].
     """
 
     other_param_names = (
@@ -76,7 +77,7 @@ class TaskStatistics(FreePoolModule):
         if count > 1:
             old = torch.zeros((count - 1) * (config.statistics_rank + 2), width, device=device)
             self.sapt_old_statistics[adapter] = linear_from(old)
-        self.sapt_counts[adapter] = linear_from(torch.zeros(count, 2, device=device))
+        self.sapt_counts[adapter] = linear_from(torch.zeros(count, 3, device=device))
         if rows:
             self.sapt_background[adapter] = linear_from(torch.zeros(rows, width, device=device))
         classes = count + len(config.background_rows)
@@ -183,7 +184,13 @@ class TaskStatistics(FreePoolModule):
             limit = float(left_out.quantile(strangers.OWN_AWAY)) if len(left_out) else limit
         own = self.reopened[adapter].joined(own) if adapter in self.reopened else own
         self.sapt_statistics[adapter].weight.data.copy_(own.stacked())
-        self.sapt_counts[adapter].weight.data[-1] = torch.tensor([float(own.rows), limit])
+        known = [*others, own]
+        drawn = (
+            strangers.drawn_limits(known, strangers.sums_of(known, background).solve(), DRAWN)[-1]
+            if background
+            else 0.0
+        )
+        self.sapt_counts[adapter].weight.data[-1] = torch.tensor([float(own.rows), limit, drawn])
         self.solve(adapter)
 
     @torch.no_grad()
@@ -247,7 +254,7 @@ class TaskStatistics(FreePoolModule):
         """Let counts follow their tasks: ``kept`` are indices of before, -1 for a new task."""
         self.close(adapter)
         old = self.sapt_counts[adapter].weight.data
-        self.sapt_counts[adapter] = linear_from(torch.stack([old[i] if i >= 0 else old.new_zeros(2) for i in kept]))
+        self.sapt_counts[adapter] = linear_from(torch.stack([old[i] if i >= 0 else old.new_zeros(3) for i in kept]))
         self.solve(adapter)
 
     def solve(self, adapter: str) -> None:
@@ -258,7 +265,8 @@ class TaskStatistics(FreePoolModule):
         found = strangers.detector(moments, background, width).to(counts)
         limits, known = torch.full_like(counts[:, :1], UNKNOWN), [m for m in moments if m is not None]
         if background and len(known) == len(moments):
-            own, measured = strangers.drawn_limits(known, found, DRAWN_FOR_LIMIT).to(counts), counts[:, 1]
-            own = torch.where(measured == UNMEASURED, own, torch.minimum(own, measured))
-            limits = own.clamp(max=strangers.background_limit(known, background)).unsqueeze(1)
+            drawn = strangers.drawn_limits(known, found, DRAWN).to(counts)  # [T]
+            moved = (drawn - counts[:, 2]).clamp(max=0)  # by the tasks that came since: related ones share the scores
+            own = torch.where(counts[:, 1] == UNMEASURED, drawn, counts[:, 1] + moved)
+            limits.fill_(min(float(own.min()), strangers.background_limit(known, background)))
         self.sapt_detector[adapter], self.sapt_limits[adapter] = linear_from(found), linear_from(limits)

@@ -7,7 +7,7 @@ appended, the scores are those of the regression of one-hot labels in which each
     s(x) = W x,   W = [m_1 ... m_T+K]^T (sum_c E_c[x x^T] + ridge * tr / D * I)^-1,
 
 where a task's part follows from its statistics alone. A prompt's margin for task t is ``s_t - max_k s_k`` over the K
-classes of everyday prompts. A task claims a prompt whose margin is not below its limit; what no task claims is a
+classes of everyday prompts. A task claims a prompt whose margin is not below the limit; what no task claims is a
 stranger. Limits come from prompts left out of the regression: so high that of everyday prompts in any form at most
 ``EVERYDAY_CLAIMED`` are claimed; but never so high that more than ``OWN_AWAY`` of a task's own prompts lie below,
 which goes first where tasks and everyday prompts are alike. All of it is computed in float64.
@@ -25,7 +25,8 @@ from .ridge import solve as solved
 
 RIDGE = 0.1  # regulariser, as a share of the features' mean variance
 FOLDS = 4
-OWN_AWAY = 0.005  # quantile of a task's own margins, left out, above which its limit never lies
+OWN_AWAY = 0.005  # quantile of a task's own margins, left out, above which the limit never lies
+DRAWN_AWAY = 0.05
 EVERYDAY_CLAIMED = 0.05  # share of everyday prompts, left out, that may be claimed in the worst form
 
 
@@ -103,7 +104,7 @@ def folds_of(count: int) -> Tensor:
 def left_out_margins(
     own: Tensor, groups: Tensor, others: Sequence[Moments], background: Sequence[Tensor], rank: int
 ) -> Tensor:
-    """The margin for its own task of each of a task's prompts [n, d], by a regression that has not seen it: [n'].
+    """The best margin of each of a task's prompts [n, d], by a regression that has not seen it: [n'].
 
     Args:
         groups: the prompt that each row is, perhaps in several renderings, [n]: these are left out together. With less
@@ -116,22 +117,23 @@ def left_out_margins(
         if not len(kept) or not len(left):
             continue
         weights = rest.task(Moments.of(kept, rank)).solve()  # the task's own comes last
-        scores = with_one(left) @ weights.mT
-        known = scores[:, len(others) : len(others) + len(background)].amax(dim=1)
-        found.append(scores[:, -1] - known)
+        scores, last = with_one(left) @ weights.mT, len(others) + len(background)
+        claimed = torch.cat([scores[:, : len(others)], scores[:, last:]], dim=1).amax(dim=1)
+        found.append(claimed - scores[:, len(others) : last].amax(dim=1))
     return torch.cat(found) if found else torch.zeros(0, dtype=torch.float64, device=own.device)
 
 
 def drawn_limits(tasks: Sequence[Moments], weights: Tensor, count: int) -> Tensor:
-    """The quantile ``OWN_AWAY`` of each task's margins, [T], over ``count`` draws in place of its prompts.
+    """The quantile ``DRAWN_AWAY`` of the best margins of each task, [T], over ``count`` draws in place of its prompts,
+    which stray further than these do.
 
     Args:
         weights: of the regression on ``tasks`` and everyday prompts, [T + K, d + 1].
     """
     generator, found = torch.Generator().manual_seed(0), []
-    for i, own in enumerate(tasks):
+    for own in tasks:
         drawn = own.mean + noise_of(own, count, generator)
-        found.append(margins(drawn, weights, len(tasks))[:, i].quantile(OWN_AWAY))
+        found.append(margins(drawn, weights, len(tasks)).amax(dim=1).quantile(DRAWN_AWAY))
     return torch.stack(found)
 
 
