@@ -80,7 +80,8 @@ def renderings_of(tokenizer: Any, prompts: list[list[int]], templates: Sequence[
     if templates == "chat":
         chat = chat_form(tokenizer)
         known = chat is None or any(tuple(p[-len(chat.after) :]) == chat.after for p in prompts if chat.after)
-        forms = [] if chat is None or known else [f for form in instructed_forms(tokenizer) for f in (chat, form)]
+        others = instructed_forms(tokenizer) or (chat,)  # a template may drop what is for the system
+        forms = [] if chat is None or known else [f for form in others if form is not None for f in (chat, form)]
     else:
         forms = [Form(*(tuple(ids_of(tokenizer, part)) for part in text.split("{}"))) for text in templates]
     return [forms[i % len(forms)].with_whole(prompt) for i, prompt in enumerate(prompts)] if forms else []

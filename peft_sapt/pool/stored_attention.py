@@ -10,7 +10,7 @@ from torch import Tensor
 from ..config import SaptConfig
 from ..routing import ROUTERS
 from ..routing.memory import MEMORY
-from ..routing.moments import Moments, noise_of
+from ..routing.moments import Moments
 from ..routing.router import stacked, state_key
 from ..routing.statistics import STATISTICS
 
@@ -51,8 +51,7 @@ def draws_in(config: SaptConfig, state: Mapping[str, Tensor]) -> list[Tensor]:
     parts = stacked(state, "sapt_statistics", "sapt_old_statistics").split(size)
     for part, count in zip(parts, state["sapt_counts"][:, 0].tolist(), strict=True):
         own = Moments(part[0], part[1], part[2:], int(count))
-        noise = noise_of(own, DRAWN if count else 0, torch.Generator().manual_seed(0))
-        found.append(own.mean + noise)
+        found.append(own.draws(DRAWN if count else 0, torch.Generator().manual_seed(0)))
     return found
 
 

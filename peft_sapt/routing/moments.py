@@ -53,6 +53,10 @@ class Moments(NamedTuple):
         """As one part of a pool, [k + 2, d]."""
         return torch.cat([self.mean[None], self.left[None], self.directions])
 
+    def draws(self, count: int, generator: torch.Generator) -> Tensor:
+        """Fresh features [count, d] from the normal distribution that has these moments."""
+        return self.mean + noise_of(self, count, generator)
+
     def second_moment(self) -> Tensor:
         """``E[x x^T]`` for x with a 1 appended: [d + 1, d + 1] in float64."""
         mean, directions = wide(self.mean), wide(self.directions)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..config import SaptConfig
 from ..pool_module import FreePoolModule, Linears, linear_from, unshard
 from . import strangers
-from .moments import Moments, along_directions, noise_of, normal
+from .moments import Moments, along_directions, normal
 from .router import feature_dim_of
 
 STATISTICS = "task_statistics"  # attribute on the base model
@@ -198,22 +198,23 @@ class TaskStatistics(FreePoolModule):
         """Keep features [n, d] of prompts that belong to no task, by form, in place of what was kept."""
         config = self.hooks.memory.show_own_config(adapter)
         config.background_rows = [len(part) for part in rows]
+        self.put_background(adapter, rows)
+        self.solve(adapter)
+
+    def put_background(self, adapter: str, rows: list[Tensor]) -> None:
+        """Hold ``rows`` [n, d] in place of those before; nothing if there are none."""
         if rows:
             device = self.sapt_counts[adapter].weight.device
             self.sapt_background[adapter] = linear_from(torch.cat(rows).float().to(device))
         elif adapter in self.sapt_background:
             del self.sapt_background[adapter]
-        self.solve(adapter)
 
     def make_room(self, adapter: str, rows: list[int], forms: list[list[list[int]]]) -> None:
         """Hold as many prompts of no task in each form as a file does, whose tensors come next."""
         config = self.hooks.memory.show_own_config(adapter)
         config.background_rows, config.background_forms = list(rows), list(forms)
         like, width = self.sapt_counts[adapter].weight, feature_dim_of(config)
-        if rows:
-            self.sapt_background[adapter] = linear_from(like.new_zeros(sum(rows), width))
-        elif adapter in self.sapt_background:
-            del self.sapt_background[adapter]
+        self.put_background(adapter, [like.new_zeros(count, width) for count in rows])
         self.sapt_detector[adapter] = linear_from(like.new_zeros(len(like) + len(rows), width + 1))
 
     def snapshot(self, adapter: str) -> Callable[[], None]:
@@ -237,7 +238,7 @@ class TaskStatistics(FreePoolModule):
         own = self.moments(adapter)[index]
         if own is None:
             return []
-        return [own.mean + noise_of(own, DRAWN_FOR_REMOVED, torch.Generator().manual_seed(0))]
+        return [own.draws(DRAWN_FOR_REMOVED, torch.Generator().manual_seed(0))]
 
     def reopen(self, adapter: str) -> None:
         """What is known of the newest task counts beside what is shown next, until it is committed."""

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .moments import Moments, noise_of, wide
+from .moments import Moments, wide
 from .ridge import solve as solved
 
 RIDGE = 0.1  # regulariser, as a share of the features' mean variance
@@ -117,9 +117,9 @@ def left_out_margins(
         if not len(kept) or not len(left):
             continue
         weights = rest.task(Moments.of(kept, rank)).solve()  # the task's own comes last
-        scores, last = with_one(left) @ weights.mT, len(others) + len(background)
-        claimed = torch.cat([scores[:, : len(others)], scores[:, last:]], dim=1).amax(dim=1)
-        found.append(claimed - scores[:, len(others) : last].amax(dim=1))
+        found_scores, last = scores(left, weights), len(others) + len(background)
+        claimed = torch.cat([found_scores[:, : len(others)], found_scores[:, last:]], dim=1).amax(dim=1)
+        found.append(claimed - found_scores[:, len(others) : last].amax(dim=1))
     return torch.cat(found) if found else torch.zeros(0, dtype=torch.float64, device=own.device)
 
 
@@ -132,8 +132,7 @@ def drawn_limits(tasks: Sequence[Moments], weights: Tensor, count: int) -> Tenso
     """
     generator, found = torch.Generator().manual_seed(0), []
     for own in tasks:
-        drawn = own.mean + noise_of(own, count, generator)
-        found.append(margins(drawn, weights, len(tasks)).amax(dim=1).quantile(DRAWN_AWAY))
+        found.append(margins(own.draws(count, generator), weights, len(tasks)).amax(dim=1).quantile(DRAWN_AWAY))
     return torch.stack(found)
 
 

@@ -56,6 +56,9 @@ def test_a_tasks_prompts_in_the_template() -> None:
     assert rendered[0] == [*form.before, 10, 11, *form.after] and rendered[2] == [*form.before, 13, *form.after]
     assert len(rendered[1]) > len(rendered[2]), "every other one stands behind an instruction"
     assert everyday.renderings_of(tokenizer(), prompts, "chat") == []
+    assert everyday.renderings_of(chatty(DEAF), prompts, "chat")[1] == [
+        *everyday.chat_form(chatty(DEAF)).with_whole([12])
+    ]
     assert everyday.renderings_of(words, rendered, "chat") == [], "they are in the template already"
     assert everyday.renderings_of(words, prompts, ["w90 {} w91"])[1] == [
         *everyday.ids_of(words, "w90 "), 12, *everyday.ids_of(words, " w91")]  # fmt: skip
