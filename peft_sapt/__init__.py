@@ -1,35 +1,51 @@
 """SAPT for PEFT: a pool of LoRA blocks under a shared attention, for language models that must keep learning.
 
 Importing this package makes "SAPT" a PEFT method. ``PeftModel`` and the ``AutoPeftModel`` classes are re-exported so
-that one import serves both.
+that one import serves both. Only in the console script it waits until a command needs it: PEFT, transformers and torch
+take seconds to import, and looking into a saved pool needs none of them.
 """
 
-from .compat import check_installed
+import multiprocessing
+import sys
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
 
-check_installed()
+SCRIPT = "peft-sapt"
 
-from peft import AutoPeftModelForCausalLM, AutoPeftModelForSeq2SeqLM, PeftModel  # noqa: E402
 
-from .registration import add_peft_type  # noqa: E402
+def in_console_script() -> bool:
+    """Whether this process is the console script itself, and not one that it has started."""
+    return PurePath(sys.argv[0]).stem == SCRIPT and multiprocessing.parent_process() is None
 
-add_peft_type()
 
-from .arm import ArmCallback, GeneratorSettings, last_complete_checkpoint  # noqa: E402
-from .collator import PromptMaskCollator  # noqa: E402
-from .config import SaptConfig  # noqa: E402
-from .layer import SaptLayer  # noqa: E402
-from .model import SaptModel  # noqa: E402
-from .optimizer import create_optimizer, optimizer_groups  # noqa: E402
-from .pool.model_methods import keep_cards_of  # noqa: E402
-from .pool.save_pool import locked, save_pool  # noqa: E402
-from .registration import register  # noqa: E402
-from .routing.optimizers import watch_optimizers  # noqa: E402
-from .storage.overrides import accept  # noqa: E402
-from .version import __version__  # noqa: E402
+if TYPE_CHECKING or not in_console_script():
+    from .registration import (
+        ArmCallback,
+        AutoPeftModelForCausalLM,
+        AutoPeftModelForSeq2SeqLM,
+        GeneratorSettings,
+        PeftModel,
+        PromptMaskCollator,
+        SaptConfig,
+        SaptLayer,
+        SaptModel,
+        __version__,
+        accept,
+        create_optimizer,
+        last_complete_checkpoint,
+        locked,
+        optimizer_groups,
+        save_pool,
+    )
+else:
 
-register(SaptConfig, SaptModel)
-keep_cards_of(SaptModel)
-watch_optimizers()
+    def __getattr__(name: str) -> Any:
+        if name in __all__:
+            from . import registration
+
+            return getattr(registration, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "ArmCallback",

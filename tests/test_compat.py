@@ -203,7 +203,7 @@ def test_lowest_versions_are_those_of_the_installation() -> None:
 def test_no_other_file_asks_for_a_version() -> None:
     asking = ("__version__", "version_info", "packaging", "LooseVersion", "is_torch_greater_or_equal")
     shown = {"version.py", "__init__.py", "compat.py", "cli/main.py", "continual/provenance.py", "hub/card_text.py"}
-    shown |= {"ops/devtools/check.py"}  # of these, the last four show it to a reader
+    shown |= {"ops/devtools/check.py", "registration.py"}  # which show it to a reader, or pass it on
     found = {
         str(path.relative_to(PACKAGE)): word
         for path in files_of(PACKAGE)

@@ -1,37 +1,99 @@
-"""The weights file of a saved pool, without its base model: what `peft-sapt pool` shows, compares and verifies."""
+"""``peft-sapt pool show | verify | diff``: what the files of a saved pool tell, without torch and without its base."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from torch import Tensor
+import click
 
 from ..errors import PoolFormatError
-from ..storage.manifest import differences, is_manifest, nonfinite, opened, plain_name, read_manifest
+from ..hub.strangers_text import other_prompts
+from ..storage.plain_file import (
+    WEIGHTS_NAME,
+    Stored,
+    differences,
+    is_finite,
+    is_manifest,
+    parse_manifest,
+    plain_name,
+    read_stored,
+    stored_digest,
+)
 
 
-def read_pool(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_pool(folder: Path) -> tuple[dict[str, Stored], dict[str, Any]]:
     """Tensors of a pool but its manifest, and the manifest; raises [`PoolFormatError`] if it is not a pool."""
-    path = folder / SAFETENSORS_WEIGHTS_NAME
+    path = folder / WEIGHTS_NAME
     if not path.is_file():
-        raise PoolFormatError(f"{folder} holds no {SAFETENSORS_WEIGHTS_NAME}: give the folder of a saved pool.")
-    with opened(path) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        raise PoolFormatError(f"{folder} holds no {WEIGHTS_NAME}: give the folder of a saved pool.")
+    tensors = read_stored(path)
     names = [name for name in tensors if is_manifest(name)]
     if len(names) != 1:
         raise PoolFormatError(f"{path} has no pool's manifest: it is not a pool of peft-sapt.")
-    return {name: t for name, t in tensors.items() if name != names[0]}, read_manifest(tensors[names[0]])
+    manifest = parse_manifest(bytes(tensors.pop(names[0]).data))
+    return tensors, manifest
 
 
 def verified(folder: Path) -> int:
     """The number of tensors of the pool in ``folder``; raises [`PoolFormatError`] if one is not what was saved."""
     tensors, manifest = read_pool(folder)
-    for what, names in differences(manifest, tensors.items())._asdict().items():
+    digests = ((name, stored_digest(stored)) for name, stored in tensors.items())
+    for what, names in differences(manifest, digests)._asdict().items():
         if names:
             raise PoolFormatError(f"{folder}: {len(names)} tensors are {what}, {names[0]!r} first.")
-    bad = nonfinite({plain_name(name): tensor for name, tensor in tensors.items()})
+    bad = sorted(plain_name(name) for name, stored in tensors.items() if not is_finite(stored))
     if bad:
         raise PoolFormatError(f"{folder}: {len(bad)} tensors hold NaN or infinity, {bad[0]!r} first.")
     return len(tensors)
+
+
+@click.command("show")
+@click.argument("folder", type=click.Path(path_type=Path))
+def show(folder: Path) -> None:
+    """Tasks of the pool in FOLDER, oldest first: rank, scaling, state, replay rows, prompts in the statistics, bytes;
+    and which prompts the base model answers."""
+    tensors, manifest = read_pool(folder)
+    size = sum(len(stored.data) for stored in tensors.values())
+    click.echo(f"{folder}: {len(manifest['tasks'])} tasks, {size / 1e6:.2f} MB, format {manifest['format_version']}")
+    wide = max([len("task"), *map(len, manifest["tasks"])]) + 2
+    click.echo(f"{'task':<{wide}}{'rank':>6}{'scaling':>10}{'replay rows':>13}{'statistics of':>15}  state")
+    for i, name in enumerate(manifest["tasks"]):
+        state = "committed" if manifest["committed"][i] else "open"
+        rank, scaling, rows = (manifest[key][i] for key in ("ranks", "scalings", "replay_rows"))
+        known = (manifest.get("statistics") or [0] * len(manifest["tasks"]))[i]
+        click.echo(f"{name:<{wide}}{rank:>6}{scaling:>10.3g}{rows:>13}{known:>15}  {state}")
+    click.echo(other_prompts(manifest["config"], manifest, as_code=repr).replace("`", ""))
+
+
+@click.command("verify")
+@click.argument("folder", type=click.Path(path_type=Path))
+def verify(folder: Path) -> None:
+    """Check every tensor of the pool in FOLDER against its digest."""
+    click.echo(f"{folder}: {verified(folder)} tensors are what was saved.")
+
+
+@click.command("diff")
+@click.argument("first", type=click.Path(path_type=Path))
+@click.argument("second", type=click.Path(path_type=Path))
+def diff(first: Path, second: Path) -> None:
+    """Compare the pools in FIRST and SECOND: their tasks, and the tensors that differ. Exits with 1 if any do."""
+    (tensors, manifest), (other_tensors, other) = read_pool(first), read_pool(second)
+    lines = [f"- {name}" for name in manifest["tasks"] if name not in other["tasks"]]
+    lines += [f"+ {name}" for name in other["tasks"] if name not in manifest["tasks"]]
+    for key in ("tasks", "ranks", "scalings", "replay_rows", "committed", "token_dim", "format_version"):
+        if manifest[key] != other[key]:
+            lines.append(f"{key}: {manifest[key]} -> {other[key]}")
+    here, there = ({plain_name(n): stored_digest(t) for n, t in side.items()} for side in (tensors, other_tensors))
+    for what, names in (
+        ("only in the first", here.keys() - there.keys()),
+        ("only in the second", there.keys() - here.keys()),
+        ("changed", {name for name in here.keys() & there.keys() if here[name] != there[name]}),
+    ):
+        if names:
+            lines.append(
+                f"{len(names)} tensors {what}: {', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''}"
+            )
+    click.echo("\n".join(lines) or "The pools are equal.")
+    if lines:
+        raise SystemExit(1)

@@ -11,7 +11,7 @@ from huggingface_hub.utils import disable_progress_bars
 
 from ..compat import UNREACHABLE
 from ..errors import SaptError
-from ..hub import push_folder
+from ..hub.push import push_folder
 from .pool_file import verified
 
 

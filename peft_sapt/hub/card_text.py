@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +14,8 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from ..routing import ROUTERS, Router
 from ..storage.fingerprint import short_print
 from ..version import __version__
+from .markdown import code, number, safe
+from .strangers_text import other_prompts
 
 PACKAGES = {"transformers": "Transformers", "torch": "PyTorch"}
 LOADERS = {"CAUSAL_LM": "AutoPeftModelForCausalLM", "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM"}
@@ -85,7 +86,7 @@ def section(data: CardData) -> str:
             "Rows are the prompts that the pool keeps of each task, columns the blocks that answer them. Computed "
             "from the weights file.",
         ]
-    parts += ["## Use", usage(data), "## Other prompts", other_prompts(data)]
+    parts += ["## Use", usage(data), "## Other prompts", other_prompts(data.config, data.manifest)]
     parts += ["## Base model", base_notes(data), "## Data", data_notes(data)]
     parts += ["### Framework versions", versions(data), "## Citation", CITATION]
     return "\n\n".join(parts)
@@ -174,28 +175,6 @@ def told_by(data: CardData) -> str:
     return "Prompts are told apart by their wording: write them as they were written in training."
 
 
-def other_prompts(data: CardData) -> str:
-    """What becomes of a prompt that belongs to no task."""
-    fallback, known = data.config.get("fallback"), data.manifest.get("statistics", [])
-    unknown = [name for name, rows in zip(data.tasks, known, strict=False) if not rows]
-    if fallback is None:
-        return "Every prompt is answered by the blocks, also one that belongs to no task (`fallback=None`)."
-    if isinstance(fallback, str) and (unknown or not known or not data.config.get("background_rows")):
-        why = "it was never shown prompts of no task"
-        if unknown or not known:
-            why = f"it has no statistics of {', '.join(map(code, unknown or data.tasks))}"
-        return (
-            f"This pool knows no strangers, since {why}: a prompt that belongs to no task is answered by some block "
-            "all the same. `model.attention_weights(**prompt)` says by which."
-        )
-    return (
-        "A prompt that no task claims is answered by the base model alone, as if there were no pool; "
-        "`model.attention_weights(**prompt)` is zero for it. So may be a task's own prompt in words that nobody "
-        "trained on: `sapt_task` names its task, and `model.peft_config[name].fallback = None` lets the blocks answer "
-        "all."
-    )
-
-
 def base_notes(data: CardData) -> str:
     found = data.manifest.get("base") or {}
     name = data.base[0].upper() + data.base[1:]
@@ -244,21 +223,6 @@ def versions(data: CardData) -> str:
     ]
     lines += [f"- {title} {version(name)}" for name, title in PACKAGES.items()]
     return "\n".join([*lines, f"- Python {platform.python_version()}"])
-
-
-def number(value: Any, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
-
-
-def safe(text: Any) -> str:
-    """Text of unknown origin as one line that neither ends a table's cell nor opens a tag or a link."""
-    flat = " ".join(str(text).split())
-    return re.sub(r"([|<>\[\]`*&\\]|(?<!\w)_|_(?!\w))", lambda found: f"&#{ord(found.group())};", flat)
-
-
-def code(text: Any) -> str:
-    """A name as code; not in backticks, inside which nothing can be escaped."""
-    return f"<code>{safe(text)}</code>"
 
 
 def is_hub_id(name: object) -> bool:

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from ..errors import ChangedTensorError, SaveError
 from ..hub.card import PICTURE, refresh_card
-from ..storage.manifest import differences, is_manifest, opened, read_manifest
+from ..storage.manifest import digest, read_manifest
+from ..storage.plain_file import differences, is_manifest, opened
 from ..storage.replay_rows import digests, note_rows, noted_rows, stored_replay
 
 LOCK, STAGING, REPLAY = ".peft-sapt.lock", ".saving-", "replay"
@@ -134,7 +135,7 @@ def read_back(path: Path) -> None:
     with opened(path) as file:
         names = list(file.keys())
         manifest = read_manifest(file.get_tensor(next(filter(is_manifest, names))))
-        missing, _, changed = differences(manifest, ((name, file.get_tensor(name)) for name in names))
+        missing, _, changed = differences(manifest, ((name, digest(file.get_tensor(name))) for name in names))
     if missing or changed:
         raise ChangedTensorError(
             f"{path} was written, but {(changed or missing)[0]!r} does not read back as it was: check the disk."

@@ -15,16 +15,9 @@ from ..errors import OtherBaseError, PoolFormatError, SaptError
 from ..routing.install import memory_on
 from ..routing.memory import committed_in
 from ..storage.fingerprint import checked, differing, fingerprint
-from ..storage.manifest import (
-    MANIFEST,
-    build_manifest,
-    check_finite,
-    check_loaded,
-    is_manifest,
-    plain_name,
-    read_manifest,
-)
+from ..storage.manifest import build_manifest, check_finite, check_loaded, read_manifest
 from ..storage.overrides import accepted
+from ..storage.plain_file import MANIFEST, is_manifest, plain_name
 from ..validation import checked_background
 from .config_file import described, pool_values
 from .stored_attention import stored_attention

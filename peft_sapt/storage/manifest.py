@@ -8,101 +8,36 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import (
-    ChangedTensorError,
-    FormatVersionError,
-    HeaderError,
-    MissingTensorError,
-    NonFiniteError,
-    PoolFormatError,
-    TruncatedFileError,
-    UnknownTensorError,
-)
+from ..errors import ChangedTensorError, MissingTensorError, NonFiniteError, PoolFormatError, UnknownTensorError
 from .fingerprint import Fingerprint
 from .overrides import accepted
-
-FORMAT_VERSION = 4
-OLDER = {
-    1: "had the factors B as [out, r]",
-    2: "had one module for both routers and for what is kept of old tasks",
-    3: "told prompts apart by other features and kept no statistics of them",
-}
-MANIFEST = "sapt_manifest"
-MAX_MANIFEST_BYTES = 64 * 2**20
-CURE = "Load an intact copy."
-# what safetensors says of a file whose header and size do not fit together, and what that is to a reader
-FAULTS: tuple[tuple[str, type[PoolFormatError], str], ...] = (
-    ("header too small", TruncatedFileError, "has too few bytes for a safetensors file"),
-    (
-        "invalid header length",
-        TruncatedFileError,
-        "is shorter than the header it claims to have, or no safetensors file",
-    ),
-    ("incomplete metadata", TruncatedFileError, "is longer or shorter than its header says"),
-    (
-        "header too large",
-        HeaderError,
-        "claims a header larger than any pool's: it is no such file, or a trap",
-    ),
-    (
-        "deserializing header",
-        HeaderError,
-        "has a header that is none of a safetensors file, or describes tensors that it cannot hold",
-    ),
+from .plain_file import (
+    CURE,
+    FORMAT_VERSION,
+    MAX_MANIFEST_BYTES,
+    differences,
+    digest_of,
+    is_manifest,
+    opened,
+    parse_manifest,
+    plain_name,
 )
+
 SAID = "it is not the file that was saved. Load an intact copy"
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[Any]:
-    """A safetensors file of unknown origin, open to read tensors one by one.
-
-    Raises:
-        HeaderError: its header claims to be longer than any pool's, or is none.
-        TruncatedFileError: its length is not what its header says.
-        PoolFormatError: it cannot be read, or safetensors refuses it.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        for words, kind, meaning in FAULTS:
-            if words in str(error):
-                raise kind(f"{path} {meaning} ({error}). {CURE}") from error
-        raise PoolFormatError(f"{path} is not a safetensors file: {error}. {CURE}") from error
-    except OSError as error:
-        raise PoolFormatError(f"{path} cannot be read: {error.strerror or error}.") from error
-
-
-# --- names and digests -----------------------------------------------------------------------------------------------
 
 
 def digest(tensor: Tensor) -> str:
     """sha256 over dtype, shape and bytes of ``tensor``."""
     flat = tensor.detach().cpu().contiguous()
-    sha = hashlib.sha256(f"{str(flat.dtype).removeprefix('torch.')}{list(flat.shape)}".encode())
-    if flat.numel():
-        sha.update(memoryview(flat.view(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]  # numpy arrays are buffers
-    return sha.hexdigest()
-
-
-def plain_name(name: str) -> str:
-    """A tensor's name within the base model: PEFT puts a prefix before it, transformers' own adapters do not."""
-    return name.removeprefix("base_model.model.")
-
-
-def is_manifest(name: str) -> bool:
-    """Whether a tensor of this name, with or without its adapter's name, is a manifest."""
-    return MANIFEST in name.split(".")
+    data = flat.view(-1).view(torch.uint8).numpy() if flat.numel() else b""
+    return digest_of(str(flat.dtype).removeprefix("torch."), flat.shape, data)
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -148,23 +83,7 @@ def read_manifest(tensor: Tensor) -> dict[str, Any]:
         raise PoolFormatError(
             "The pool's manifest is not a uint8 vector of bounded size: the weights file is damaged."
         )
-    try:
-        values = json.loads(bytes(tensor.cpu().numpy()).decode())
-    except (RecursionError, ValueError) as error:
-        raise PoolFormatError(f"The pool's manifest is not JSON ({error}): the weights file is damaged.") from error
-    if not isinstance(values, dict) or not isinstance(values.get("format_version"), int):
-        raise PoolFormatError("The pool's manifest has no format_version: the weights file is damaged.")
-    version = values["format_version"]
-    if version > FORMAT_VERSION and not accepted("newer_format"):
-        raise FormatVersionError(
-            f"The pool has format version {version}, this peft-sapt reads up to {FORMAT_VERSION}: install a newer one."
-        )
-    if version < FORMAT_VERSION:
-        raise FormatVersionError(
-            f"The pool has format version {version}, of a development version before the first release, which "
-            f"{OLDER.get(version, 'is not known')}: train it again."
-        )
-    return values
+    return parse_manifest(bytes(tensor.cpu().numpy()))
 
 
 def names_in(path: Path) -> list[str]:
@@ -185,34 +104,6 @@ def manifest_of(path: Path) -> dict[str, Any] | None:
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
-
-
-class Differences(NamedTuple):
-    """Names of tensors that are not as a manifest says, each list sorted."""
-
-    missing: list[str]
-    unknown: list[str]
-    changed: list[str]
-
-
-def differences(manifest: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> Differences:
-    """Compare tensors, one after another, with the digests in ``manifest``.
-
-    Raises:
-        PoolFormatError: the manifest has no digests.
-    """
-    known = manifest.get("sha256")
-    if not isinstance(known, dict):
-        raise PoolFormatError("The pool's manifest has no digests: the weights file is damaged.")
-    left = {plain_name(str(name)): value for name, value in known.items()}
-    unknown, changed = [], []
-    for name, tensor in tensors:
-        plain = plain_name(name)
-        if plain not in left:
-            unknown.append(plain)
-        elif digest(tensor) != left.pop(plain):
-            changed.append(plain)
-    return Differences(sorted(left), sorted(unknown), sorted(changed))
 
 
 def other_fields(manifest: Mapping[str, Any], described: Mapping[str, Any]) -> list[str]:
@@ -236,7 +127,7 @@ def check_loaded(manifest: Mapping[str, Any], described: Mapping[str, Any], tens
             f"{described[name]}. Restore the adapter_config.json that was saved with these weights, or (resuming a "
             "checkpoint) first bring the pool to the same state with from_pretrained, add_task or reopen_task."
         )
-    missing, unknown, changed = differences(manifest, tensors.items())
+    missing, unknown, changed = differences(manifest, ((name, digest(tensor)) for name, tensor in tensors.items()))
     if missing and not accepted("missing_tensors"):
         raise MissingTensorError(f"The weights file lacks {missing[:5]} (first five of {len(missing)}): {SAID}.")
     if unknown and not accepted("unknown_tensors"):

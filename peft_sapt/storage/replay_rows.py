@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..errors import PoolFormatError
 from .atomic import write_atomically
-from .manifest import digest, is_manifest, opened, read_manifest
+from .manifest import digest, read_manifest
+from .plain_file import is_manifest, opened
 
 NOTE = "rows.json"  # beside the texts: by task, the digest of the rows that its text stands for
 

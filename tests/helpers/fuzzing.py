@@ -35,7 +35,8 @@ from peft_sapt.pool.state_dict import described
 from peft_sapt.storage.checkpoints import fault_of
 from peft_sapt.storage.fingerprint import checked as checked_fingerprint
 from peft_sapt.storage.lora_folder import read_lora
-from peft_sapt.storage.manifest import build_manifest, check_loaded, opened, read_manifest
+from peft_sapt.storage.manifest import build_manifest, check_loaded, read_manifest
+from peft_sapt.storage.plain_file import opened
 from peft_sapt.storage.prompt_folder import read_prompt
 
 COVERED = 2_000  # cases under the coverage tool, which slows them down

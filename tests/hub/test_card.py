@@ -16,8 +16,7 @@ from helpers.committed import committed_pool
 from helpers.tiny import build_pool, grow, padded, tiny_llama, token_rows
 from peft_sapt import SaptConfig, accept, save_pool
 from peft_sapt.errors import OtherBaseError, SaptError, TaskError
-from peft_sapt.hub import refresh_card, write_card
-from peft_sapt.hub.card import BEGIN, END
+from peft_sapt.hub.card import BEGIN, END, refresh_card, write_card
 
 
 def card_of(folder) -> str:

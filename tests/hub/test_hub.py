@@ -15,8 +15,8 @@ from helpers.committed import committed_pool
 from helpers.hub_server import TOKEN, Hub
 from helpers.paths import environment
 from peft_sapt.errors import PoolFormatError
-from peft_sapt.hub import push_folder
 from peft_sapt.hub.card import BEGIN, END
+from peft_sapt.hub.push import push_folder
 
 REPO = "me/my-pool"
 POOL = ["README.md", "adapter_config.json", "adapter_model.safetensors", "attention.png"]

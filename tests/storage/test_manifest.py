@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from helpers.tiny import build_pool, grow, padded, token_rows
 from peft_sapt.errors import PoolFormatError
 from peft_sapt.storage.atomic import write_atomically
-from peft_sapt.storage.manifest import FORMAT_VERSION, build_manifest, digest, read_manifest
+from peft_sapt.storage.manifest import build_manifest, digest, read_manifest
+from peft_sapt.storage.plain_file import FORMAT_VERSION
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -33,8 +33,9 @@ from peft_sapt.errors import (
     UnknownTensorError,
     UnsafeNameError,
 )
-from peft_sapt.hub import push_folder
-from peft_sapt.storage.manifest import digest, plain_name, read_manifest, write_manifest
+from peft_sapt.hub.push import push_folder
+from peft_sapt.storage.manifest import digest, read_manifest, write_manifest
+from peft_sapt.storage.plain_file import plain_name
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 KEY = "base_model.model.task_memory.sapt_manifest"
