@@ -19,8 +19,8 @@ from .config import SaptConfig
 from .errors import SaptError, TaskError
 from .layer import SaptLayer, layer_around
 from .pool import exchange, lifecycle, warm_start
-from .pool.own_config import prepare_given
-from .pool.refusals import NO_ADAPTER_NAMES, NO_BATCH, NO_MERGE, NO_WEIGHTED, POOL_IN_POOL
+from .pool.own_config import check_place, prepare_given
+from .pool.refusals import NO_ADAPTER_NAMES, NO_BATCH, NO_MERGE, NO_WEIGHTED
 from .pool.state_dict import check_places, checked_state, keep_dtypes, room_for, with_manifest
 from .pool.view import Batches, Pool
 from .pool_module import PoolModule
@@ -29,7 +29,6 @@ from .routing.forward_state import ForwardState
 from .routing.generation import check_prompt_generation, held, session_of
 from .routing.hooks import SAPT_ARGUMENTS, RoutingHooks
 from .routing.install import install, memory_on, put_aside, uninstall
-from .routing.memory import TaskMemory
 from .routing.prompts import embedding_weight
 from .routing.towers import tower_of
 
@@ -163,10 +162,16 @@ class SaptModel(BaseTuner):
         """
         lifecycle.commit_task(self.pool, inputs, replay)
 
-    def reopen_task(self) -> None:
-        """Undo the commit of the current task to train it further; its target and replay rows go. The router learns
-        new prompts beside those it knows; a block forgets what it is not shown: train it on old rows too."""
-        lifecycle.reopen_task(self.pool)
+    def reopen_task(self, forget: bool = False) -> None:
+        """Undo the commit of the current task, to train it further on old rows and new ones. New rows alone, by which
+        a block forgets, are refused by ``ArmCallback`` (see ``continue_task``), unless with ``forget``."""
+        lifecycle.reopen_task(self.pool, forget)
+
+    def continue_task(self, name: str, new_name: str | None = None) -> str:
+        """Open a task for more data of ``name``, any task, without its old rows: a key of its own, and a block that
+        starts as a copy of that one's, which keeps every byte. Returns its name, ``name-2`` by default; raises as
+        ``add_task`` does."""
+        return warm_start.continue_task(self.pool, name, new_name)
 
     def warm_start(self, inputs: Batches) -> dict[str, float]:
         """Start the current task's fresh block at the mixture of the older ones, as its prompts' attention mixes them.
@@ -268,12 +273,7 @@ class SaptModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        if adapter_name.isdigit():
-            raise SaptError(f"Adapter name {adapter_name!r} is all digits, which PEFT confuses with layer indices.")
-        if any(
-            isinstance(m, TaskMemory) and (m.hooks.base is not model or m.holds(adapter_name)) for m in model.modules()
-        ):
-            raise SaptError(POOL_IN_POOL)
+        check_place(model, adapter_name)
         embedding, given = embedding_weight(model), self.peft_config[adapter_name]
         config = self._own_config = prepare_given(given, embedding, model)
         memory = memory_on(model)

@@ -7,13 +7,14 @@ from typing import Any, TypeGuard
 
 from .errors import SaptError, TaskError, UnsafeNameError
 
-RECORD_FIELDS = {  # what a pool's card says of each task
+RECORD_FIELDS = {  # what a pool's card says of each task, and what tells its old rows when it is opened again
     "rows": "training rows seen",
     "score": "score",
     "metric": "what the score counts",
     "data": "where the data is from",
     "license": "licence of the data",
     "replay": "what stands for the task in replay",
+    "prompts": "short digests of some training prompts",
 }
 MAX_TEXT = 200
 

@@ -25,6 +25,7 @@ from .everyday import pooled_rows, renderings_of, show_everyday_prompts
 from .generator import GeneratorSettings
 from .guard import Guard
 from .objective import align_attention, attention_loss
+from .old_rows import note_prompts, refuse_new_rows_alone
 from .ownership import Ledger, Opened
 from .processes import broadcast_from_rank0
 from .pseudo import MIN_PSEUDO_SAMPLES, wanted_count
@@ -160,6 +161,7 @@ class Reflection:
         name, told = pool.current_task, self.ledger.of(pool)
         learned = pool.router.needs_replay
         lifecycle.record_task(pool, name, rows=self.rows, replay=REPLAY[self.replay] if learned else "none")
+        note_prompts(pool, name, self.prompts)
         if not learned:
             told.reports[name] = {"wanted": 0, "kept": 0, "router_rows": len(self.pooled)}
             lifecycle.commit_task(pool, self.pooled, statistics=False)
@@ -279,6 +281,7 @@ class Reflection:
             ReflectionError: there are no prompts.
         """
         assert self.pooled is not None and self.every is not None
+        refuse_new_rows_alone(pool, self.prompts, self.rows)
         if not (resumed and pool.statistics.known(pool.adapter)[-1]) and sharding_of(pool.base) is None:
             show_everyday_prompts(pool, self.tokenizer, self.prompts)
             pool.statistics.fit(pool.adapter, self.every, self.groups)

@@ -198,6 +198,8 @@ def data_notes(data: CardData) -> str:
             "Of each task's prompts the pool stores the mean of their features and the directions in which they vary, "
             f"and no prompt: {listed}."
         )
+    if any(data.record(name).get("prompts") for name in data.tasks):
+        lines.append("`adapter_config.json` has short digests of up to twenty prompts of each task.")
     if data.router and data.router.keeps:
         lines.append(data.router.keeps)
     for kind in sorted({data.record(name).get("replay", "prompts") for name, rows in stored.items() if rows}):

@@ -40,7 +40,7 @@ def add_task(pool: Pool, name: str, r: int | None = None, lora_alpha: float | No
             "(or other full module) for all tasks, which each new task would overwrite. Use one adapter per task."
         )
     pool.refuse_sharded("add_task")
-    if not pool.is_committed:
+    if not pool.is_committed and not close_again(pool):
         commit_task(pool)
     for module in pool.modules():
         reference = next(p for attr in module.stacks for p in getattr(module, attr)[pool.adapter].parameters())
@@ -200,15 +200,33 @@ def refuse_unmoved(pool: Pool) -> None:
         raise TrainingError(UNMOVED.format(task=pool.current_task))
 
 
-def reopen_task(pool: Pool) -> None:
+def reopen_task(pool: Pool, forget: bool = False) -> None:
     """See [`SaptModel.reopen_task`]."""
     pool.refuse_sharded("reopen_task")
+    if forget and pool.current_task in pool.config.records:
+        pool.memory.show_own_config(pool.adapter).records[pool.current_task].pop("prompts", None)
     pool.memory.reopen(pool.adapter)
     pool.statistics.reopen(pool.adapter)
     pool.router.reopen(pool.adapter)
     pool.memory.show_own_config(pool.adapter).inference_mode = False
     freeze_committed(pool.base)
     pool.refresh_trainable()
+    pool.memory.training_of(pool.adapter).reopened = block_sums(pool.base, pool.adapter)
+
+
+def close_again(pool: Pool) -> bool:
+    """Commit a task that was opened again and not worked on since, as it was before; whether it was such a one."""
+    adapter, memory = pool.adapter, pool.memory
+    before, now = pool.statistics.reopened.get(adapter), pool.statistics.moments(adapter)[-1]
+    shown = before is not None and (now is None or now.rows != before.rows)
+    if adapter not in memory.undone or memory.seen(adapter) or shown:
+        return False
+    if block_sums(pool.base, adapter) != memory.training_of(adapter).reopened:
+        return False
+    memory.commit(adapter, *memory.undone[adapter])
+    pool.statistics.close(adapter)
+    freeze_committed(pool.base)
+    return True
 
 
 def record_task(pool: Pool, name: str, **fields: str | float | None) -> None:

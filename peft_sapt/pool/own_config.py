@@ -13,9 +13,20 @@ from torch import Tensor, nn
 from ..config import SaptConfig
 from ..errors import OtherShapeError, SaptError
 from ..routing.hidden import can_read, check_layer, hidden_size
+from ..routing.memory import TaskMemory
 from ..routing.prompts import checked_token_dim
+from .refusals import POOL_IN_POOL
 
 FOUND = "_sapt_token_dim_found"  # on a config: token_dim is the last base model's, which another need not have
+
+
+def check_place(model: nn.Module, adapter_name: str) -> None:
+    """Raises [`SaptError`] for a name that PEFT would misread, or a ``model`` that has a pool where one would go."""
+    if adapter_name.isdigit():
+        raise SaptError(f"Adapter name {adapter_name!r} is all digits, which PEFT confuses with layer indices.")
+    for memory in model.modules():
+        if isinstance(memory, TaskMemory) and (memory.hooks.base is not model or memory.holds(adapter_name)):
+            raise SaptError(POOL_IN_POOL)
 
 
 def prepare_given(given: SaptConfig, embedding: Tensor | None, model: nn.Module) -> SaptConfig:

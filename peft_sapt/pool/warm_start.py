@@ -1,10 +1,11 @@
-"""Starting a new task's block where the shared attention puts its prompts among the older blocks."""
+"""Starting a new task's block where the shared attention puts its prompts among older blocks, or at one of them."""
 
 from __future__ import annotations
 
 import torch
 
 from ..errors import PromptError, TaskError
+from .lifecycle import add_task
 from .view import Batches, Pool
 
 
@@ -39,3 +40,17 @@ def warm_start(pool: Pool, inputs: Batches) -> dict[str, float]:
     for module in pool.modules():
         module.init_from_mixture(pool.adapter, shares)
     return dict(zip(pool.tasks, shares.tolist(), strict=False))
+
+
+@torch.no_grad()
+def continue_task(pool: Pool, name: str, new_name: str | None = None) -> str:
+    """See [`SaptModel.continue_task`]."""
+    index, config = pool.index_of(name), pool.config
+    if new_name is None:
+        new_name = next(free for n in range(2, len(pool.tasks) + 3) if (free := f"{name}-{n}") not in pool.tasks)
+    add_task(pool, new_name, config.task_ranks[index], config.task_alphas[index])
+    shares = torch.zeros(len(pool.tasks) - 1)
+    shares[index] = 1.0
+    for module in pool.modules():
+        module.init_from_mixture(pool.adapter, shares)
+    return new_name

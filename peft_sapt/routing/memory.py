@@ -28,6 +28,7 @@ class Training:
     block_is_held: bool = False  # an optimizer that holds a part of the block has taken a step
     router_is_held: bool = False  # or one that holds parts of the router alone
     block_is_imported: bool = False  # it came from elsewhere, and need not move
+    reopened: Any = None  # sums of its block as it was when a committed task was opened again
 
 
 class TaskMemory(FreePoolModule):
@@ -52,6 +53,7 @@ class TaskMemory(FreePoolModule):
         self.loaded: set[str] = set()  # adapters whose weights come from a file
         self._seen: dict[str, list[Tensor]] = {}
         self._fitted: dict[str, Tensor] = {}
+        self.undone: dict[str, tuple[Tensor, Tensor]] = {}  # by adapter: target, replay rows of a task opened again
         self._training: dict[str, Training] = {}
         LIVE.add(self)
 
@@ -105,7 +107,8 @@ class TaskMemory(FreePoolModule):
         self.forget(adapter)
 
     def reopen(self, adapter: str) -> None:
-        """Undo the newest task's commit: its target and replay rows go."""
+        """Undo the newest task's commit: its target and replay rows go, and are remembered until it is trained."""
+        self.undone[adapter] = self.targets(adapter)[-1].clone(), self.replay(adapter)[-1].clone()
         self.targets(adapter)[-1] = 0.0
         self.set_replay(adapter, [*self.replay(adapter)[:-1], self.replay(adapter)[-1][:0]])
 
@@ -202,6 +205,7 @@ class TaskMemory(FreePoolModule):
         """Drop the rows seen: the newest task is another one now, committed, or gone."""
         self._seen.pop(adapter, None)
         self._fitted.pop(adapter, None)
+        self.undone.pop(adapter, None)
         self._training.pop(adapter, None)
 
     def training_of(self, adapter: str) -> Training:

@@ -202,7 +202,7 @@ def test_a_reopened_task_knows_old_prompts_and_new_ones(router: str) -> None:
             pool.add_task(name)
         arm.prepare(pool, [prompts_of(name, seed=0)])
         arm.reflect(pool)
-    pool.reopen_task()
+    pool.reopen_task(forget=True)
     for _ in range(2):
         arm.prepare(pool, [prompts_of("c", seed=0)])  # of another kind than b's
     arm.reflect(pool)
