@@ -23,7 +23,9 @@ from .checks import (
     pool_of,
     warn_of_fast_attention,
 )
+from .progress import quiet
 from .reflection import Reflection
+from .signs import warn_of_flat_loss, warn_of_short_reach
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -70,6 +72,8 @@ class ArmCallback(Reflection, TrainerCallback):
             ``redraw(model, task)`` can draw from it again without data.
         templates: how a task's prompts may also be written, in which the pool is to know them: texts with ``{}`` for
             the prompt, or "chat", the tokenizer's chat template, if it has one.
+        progress: whether to say what it does where that takes seconds, in a bar or in lines of a log; unless
+            ``TrainingArguments(disable_tqdm=True)``, by default.
         warm_start: start each new block at the mixture of the older ones, see ``SaptModel.warm_start``.
 
     Attributes (of the pool that it worked on last; one callback may serve several):
@@ -111,8 +115,10 @@ class ArmCallback(Reflection, TrainerCallback):
         if state.global_step and not was_checked(model) and folder.is_dir():  # loaded by accelerate, say
             refuse_incomplete(folder)
         self.guard.attach(model)
-        self.take_prompts(pool, loader.dataset, loader.collate_fn)
-        self.open_task(pool, model, self.seed_of(args, pool), resumed=state.global_step > 0)
+        warn_of_short_reach(pool, kwargs.get("optimizer"), state.max_steps)
+        with quiet(self.is_quiet(args)):
+            self.take_prompts(pool, loader.dataset, loader.collate_fn)
+            self.open_task(pool, model, self.seed_of(args, pool), resumed=state.global_step > 0)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -160,8 +166,10 @@ class ArmCallback(Reflection, TrainerCallback):
         model = kwargs["model"]
         self.guard.detach()
         check_no_loads(model)
+        warn_of_flat_loss(pool_of(model).current_task, [logs["loss"] for logs in state.log_history if "loss" in logs])
         if sharding_of(model) is None:
-            self.reflect(model, self.seed_of(args, pool_of(model)))
+            with quiet(self.is_quiet(args)):
+                self.reflect(model, self.seed_of(args, pool_of(model)))
         else:
             warnings.warn(UNREFLECTED.format(name=pool_of(model).current_task), stacklevel=2)
 
@@ -178,6 +186,10 @@ class ArmCallback(Reflection, TrainerCallback):
             self.take_batches(pool, DataLoader(subset, batch_size=32, shuffle=False, collate_fn=collate))
             # packed rows hold several samples each, all of which are counted in pooled
             self.rows = round(len(self.pooled) * len(dataset) / count)  # type: ignore[arg-type]  # set by take_batches
+
+    def is_quiet(self, args: TrainingArguments) -> bool:
+        """Whether nothing is to be said of what takes long: as the callback was told, or as the Trainer was."""
+        return bool(args.disable_tqdm) if self.progress is None else not self.progress
 
     def seed_of(self, args: TrainingArguments, pool: Pool) -> int:
         """The callback's seed, or the Trainer's, apart for each task."""

@@ -20,6 +20,7 @@ from ..pool import lifecycle
 from ..pool.view import Pool
 from ..routing.hidden import longest_prompt
 from ..routing.statistics import GIVEN
+from .progress import counted
 
 LONGEST = 64  # tokens of a prompt
 BATCH = 32
@@ -172,12 +173,14 @@ def show_everyday_prompts(pool: Pool, tokenizer: Any, prompts: list[list[int]]) 
 
 def pooled_in(pool: Pool, forms: Sequence[Form], texts: list[list[int]]) -> Tensor:
     """Features [n, d] of ``texts``, in ``forms`` that take turns."""
-    return pooled_rows(pool, fitting(pool, [forms[i % len(forms)].around(ids) for i, ids in enumerate(texts)]))
+    rows = fitting(pool, [forms[i % len(forms)].around(ids) for i, ids in enumerate(texts)])
+    return pooled_rows(pool, rows, "reading everyday prompts")
 
 
-def pooled_rows(pool: Pool, rows: list[list[int]]) -> Tensor:
+def pooled_rows(pool: Pool, rows: list[list[int]], what: str = "reading prompts") -> Tensor:
     """Features [n, d] of prompts given by their tokens."""
-    return pool.pooled_prompts(batch_of(rows[i : i + BATCH]) for i in range(0, len(rows), BATCH))
+    batches = counted(range(0, len(rows), BATCH), f"{what}, batches of {BATCH}", -(-len(rows) // BATCH))
+    return pool.pooled_prompts(batch_of(rows[i : i + BATCH]) for i in batches)
 
 
 def batch_of(rows: list[list[int]]) -> dict[str, Tensor]:

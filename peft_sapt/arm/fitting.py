@@ -12,6 +12,7 @@ from ..errors import ReflectionError
 from ..routing.notices import IGNORED_LABEL
 from ..routing.prompt_mask import is_encoder_decoder
 from .generator import TASK, GeneratorSettings
+from .progress import counted
 
 
 @dataclass
@@ -38,7 +39,7 @@ def fit(
     steps, one_pass = settings.steps(len(training)), -(-len(training) // settings.batch_size)
     found, best, without_gain = Fitted(best_step=steps), [p.detach().clone() for p in parameters], 0
     queue: list[int] = []
-    for step in range(1, steps + 1):
+    for step in counted(range(1, steps + 1), "fitting the generator, steps", steps):
         while len(queue) < min(settings.batch_size, len(training)):
             queue += torch.randperm(len(training), generator=order).tolist()
         rows, queue = queue[: settings.batch_size], queue[settings.batch_size :]

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ import torch
 from ..config import SaptConfig
 from ..errors import ReflectionError
 from ..routing.prompt_mask import is_encoder_decoder
+from .progress import counted
 from .pseudo import Selection
 
 ADAPTER = "sapt_generator"
@@ -101,7 +103,9 @@ def draw(
     model.eval()
     device, size = next(model.parameters()).device, settings.draw_batch_size
     budget = settings.max_draws * selection.report.wanted
-    while selection.missing > 0 and selection.report.drawn < budget:
+    for _ in counted(count(1), "drawing pseudo-samples, batches"):
+        if selection.missing <= 0 or selection.report.drawn >= budget:
+            break
         ids = torch.tensor(start, device=device).repeat(size, 1)
         try:
             rows = model.generate(

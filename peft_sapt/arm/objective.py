@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..pool.view import Pool
+from .progress import counted
 
 DRAWN_ROWS, LEAST_DRAWN = 512, 16  # in a step of all old tasks of which no row is stored; of each at least
 
@@ -103,7 +104,7 @@ def align_attention(
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     order = torch.Generator().manual_seed(seed)
     loss = torch.zeros(())
-    for step in range(steps):
+    for step in counted(range(steps), f"{pool.current_task}: fitting the attention, steps", steps):
         optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / steps)
         rows = torch.randperm(len(current), generator=order)[:batch_size].to(current.device)
         loss = attention_loss(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,10 @@ from .objective import align_attention, attention_loss
 from .old_rows import note_prompts, refuse_new_rows_alone
 from .ownership import Ledger, Opened
 from .processes import broadcast_from_rank0
+from .progress import counted, quiet
 from .pseudo import MIN_PSEUDO_SAMPLES, wanted_count
 from .replay import draw_pseudo_samples, redraw_pseudo_samples
+from .signs import warn_of_closed_gate
 
 MAX_RENDERED = 512  # prompts that are rendered once more
 REPLAY = {"statistics": "statistics", "rows": "real rows", "generated": "pseudo-samples"}  # and what a card calls them
@@ -63,6 +65,7 @@ class Reflection:
         warm_start: bool = False,
         generator_folder: str | os.PathLike | None = None,
         templates: Sequence[str] | str = "chat",
+        progress: bool | None = None,
     ) -> None:
         if getattr(tokenizer, "pad_token_id", None) is None or getattr(tokenizer, "eos_token_id", None) is None:
             raise ReflectionError(
@@ -91,7 +94,7 @@ class Reflection:
             raise ReflectionError(
                 f"ArmCallback(templates=...) must be 'chat' or texts with one {{}}, got {templates!r}."
             )
-        self.templates = templates
+        self.templates, self.progress = templates, progress
         self.ledger = Ledger()
         self.opened: Opened | None = None  # the task that prompts and pooled are of
         self.prompts: list[list[int]] = []  # token ids of the current task's prompts
@@ -126,9 +129,10 @@ class Reflection:
             ReflectionError, TaskError: as the class says.
         """
         pool = pool_of(model)
-        self.check_pool(pool)
-        self.take_batches(pool, batches)
-        self.open_task(pool, model, seed)
+        with quiet(self.progress is False):
+            self.check_pool(pool)
+            self.take_batches(pool, batches)
+            self.open_task(pool, model, seed)
 
     def penalty(self, model: Any, seed: int = 0) -> Tensor:
         """The attention loss of one optimizer step, a scalar [`attention_loss`]; add its gradient once per step.
@@ -155,50 +159,9 @@ class Reflection:
         """
         pool = pool_of(model)
         self.check_opened(pool, "reflect")
-        assert self.pooled is not None
         lifecycle.refuse_unmoved(pool)
-        pool.memory.training_of(pool.adapter).block_is_held = True  # ARM's own steps from here on are not the user's
-        name, told = pool.current_task, self.ledger.of(pool)
-        learned = pool.router.needs_replay
-        lifecycle.record_task(pool, name, rows=self.rows, replay=REPLAY[self.replay] if learned else "none")
-        note_prompts(pool, name, self.prompts)
-        if not learned:
-            told.reports[name] = {"wanted": 0, "kept": 0, "router_rows": len(self.pooled)}
-            lifecycle.commit_task(pool, self.pooled, statistics=False)
-            self.close()
-            return
-        replay: Tensor
-        wanted = wanted_count(self.rows, self.pseudo_share, self.min_pseudo_samples)
-        if len(pool.tasks) > 1 and self.align_steps:
-            self.align(pool, seed, own_target=pool.mean_weights(self.pooled))
-        if self.replay == "statistics":
-            replay = self.pooled[:0]
-            told.reports[name] = {"wanted": 0, "kept": 0, "statistics_of": len(self.pooled)}
-            told.texts.pop(name, None)
-        elif self.replay == "rows":
-            picked = torch.randperm(len(self.pooled), generator=torch.Generator().manual_seed(seed))[:wanted]
-            replay = self.pooled[picked.to(self.pooled.device)]
-            told.reports[name] = {"wanted": wanted, "kept": len(replay), "real_rows": True}
-            told.texts.pop(name, None)
-        else:
-            drawn = draw_pseudo_samples(
-                model,
-                self.tokenizer,
-                self.prompts,
-                wanted,
-                self.generator,
-                self.allow_copies,
-                seed,
-                None if self.generator_folder is None else self.generator_folder / name,
-            )
-            told.reports[name] = drawn.report.to_dict()
-            replay = drawn.pooled(pool, UNCOMMITTED)
-            told.texts[name] = drawn.texts
-        broadcast_from_rank0([replay])
-        if len(replay):
-            told.rows[name] = replay.detach().clone()
-        lifecycle.commit_task(pool, self.pooled, replay, statistics=False)
-        self.close()
+        with quiet(self.progress is False):
+            self.end_task(pool, model, seed)
 
     def redraw(self, model: Any, name: str, count: int | None = None, seed: int = 0) -> None:
         """Draw the replay rows of a committed task again from its stored generator, without any data of the task.
@@ -270,8 +233,9 @@ class Reflection:
                 f"{self.opened.task!r}, or of another model or a copy: call prepare(model, batches) for this one."
             )
 
-    def close(self) -> None:
+    def close(self, pool: Pool) -> None:
         """Let go of the prompts: their task is committed."""
+        warn_of_closed_gate(pool, float(pool.memory.targets(pool.adapter)[-1, -1]), ended=True)
         self.pooled, self.every, self.groups, self.opened, self.prompts = None, None, None, None, []
 
     def open_task(self, pool: Pool, model: Any, seed: int, resumed: bool = False) -> None:
@@ -296,6 +260,54 @@ class Reflection:
         elif len(pool.tasks) > 1 and not resumed and self.align_steps:
             with isolated_rng(seed, model):
                 self.align(pool, seed)
+        if not resumed and sharding_of(pool.base) is None:
+            warn_of_closed_gate(pool, float(pool.mean_weights(self.pooled)[-1]), ended=False)
+
+    def end_task(self, pool: Pool, model: Any, seed: int) -> None:
+        """What [`reflect`] says, once it may."""
+        assert self.pooled is not None
+        pool.memory.training_of(pool.adapter).block_is_held = True  # ARM's own steps from here on are not the user's
+        name, told = pool.current_task, self.ledger.of(pool)
+        learned = pool.router.needs_replay
+        lifecycle.record_task(pool, name, rows=self.rows, replay=REPLAY[self.replay] if learned else "none")
+        note_prompts(pool, name, self.prompts)
+        if not learned:
+            told.reports[name] = {"wanted": 0, "kept": 0, "router_rows": len(self.pooled)}
+            lifecycle.commit_task(pool, self.pooled, statistics=False)
+            self.close(pool)
+            return
+        replay: Tensor
+        wanted = wanted_count(self.rows, self.pseudo_share, self.min_pseudo_samples)
+        if len(pool.tasks) > 1 and self.align_steps:
+            self.align(pool, seed, own_target=pool.mean_weights(self.pooled))
+        if self.replay == "statistics":
+            replay = self.pooled[:0]
+            told.reports[name] = {"wanted": 0, "kept": 0, "statistics_of": len(self.pooled)}
+            told.texts.pop(name, None)
+        elif self.replay == "rows":
+            picked = torch.randperm(len(self.pooled), generator=torch.Generator().manual_seed(seed))[:wanted]
+            replay = self.pooled[picked.to(self.pooled.device)]
+            told.reports[name] = {"wanted": wanted, "kept": len(replay), "real_rows": True}
+            told.texts.pop(name, None)
+        else:
+            drawn = draw_pseudo_samples(
+                model,
+                self.tokenizer,
+                self.prompts,
+                wanted,
+                self.generator,
+                self.allow_copies,
+                seed,
+                None if self.generator_folder is None else self.generator_folder / name,
+            )
+            told.reports[name] = drawn.report.to_dict()
+            replay = drawn.pooled(pool, UNCOMMITTED)
+            told.texts[name] = drawn.texts
+        broadcast_from_rank0([replay])
+        if len(replay):
+            told.rows[name] = replay.detach().clone()
+        lifecycle.commit_task(pool, self.pooled, replay, statistics=False)
+        self.close(pool)
 
     def align(self, pool: Pool, seed: int, own_target: Tensor | None = None) -> None:
         """Fit the attention alone, see [`align_attention`]; ``own_target`` [T] is what the current task is to keep."""
@@ -345,6 +357,8 @@ class Reflection:
             ReflectionError: there are no rows; or no tokens, and pseudo-samples are wanted.
         """
         self.prompts, self.opened = [], Opened.of(pool)
+        total = len(batches) if isinstance(batches, Sized) else None
+        batches = counted(batches, f"{pool.current_task}: reading its prompts, batches", total)
         pooled = pool.pooled_prompts(batches, tokens=self.prompts, remember=True)
         self.pooled = pooled[~pooled[:, 0].isnan()]  # rows of padding alone have no prompt
         self.rows = len(self.pooled)
@@ -355,7 +369,8 @@ class Reflection:
         rendered = renderings_of(self.tokenizer, self.prompts[::step], self.templates)
         limit = longest_prompt(pool.base) or sys.maxsize
         short = [i for i, row in enumerate(rendered) if len(row) <= limit]
-        self.every = torch.cat([self.pooled, pooled_rows(pool, [rendered[i] for i in short])])
+        others = pooled_rows(pool, [rendered[i] for i in short], "reading its prompts in the chat template")
+        self.every = torch.cat([self.pooled, others])
         numbers = torch.tensor([*range(self.rows), *(i * step for i in short)], device=self.pooled.device)
         self.groups = numbers.clamp(max=self.rows - 1)
         if self.replay == "generated" and not self.prompts and pool.router.needs_replay:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from tqdm.auto import tqdm
 
+from ..arm.progress import counted
 from .learner import Bench
 from .prompts import left_padded
 from .scoring import Labels
@@ -30,7 +30,7 @@ def answers(
     prompts = bench.prompts(rows)
     by_length = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
     found: dict[int, str] = {}
-    for start in range(0, len(rows), batch_size):
+    for start in counted(range(0, len(rows), batch_size), "  answering, batches", -(-len(rows) // batch_size)):
         picked = by_length[start : start + batch_size]
         batch = left_padded([prompts[i] for i in picked], bench.tokenizer.pad_token_id)
         batch = {k: v.to(model.device) for k, v in batch.items()}
@@ -66,7 +66,7 @@ def scored_rows(bench: Bench, name: str, split: str | None = None) -> list[Row]:
 def evaluate(bench: Bench, model: Any, names: list[str], split: str | None = None, **kwargs: Any) -> list[float]:
     """Mean score of each task in ``names``, in percent, on the bench's split or another one."""
     begun, means = time.perf_counter(), []
-    for name in tqdm(names, desc="evaluating", leave=False, disable=None):
+    for name in names:
         rows = scored_rows(bench, name, split)
         means.append(mean_score(bench, rows, answers(bench, model, rows, **kwargs)))
     bench.seconds["evaluation"] = bench.seconds.get("evaluation", 0.0) + time.perf_counter() - begun
@@ -79,4 +79,5 @@ def weights_of_prompts(bench: Bench, model: PeftModel, name: str, split: str | N
     prompts = bench.prompts(bench.stream[name][split or bench.split])
     parts = [prompts[i : i + AT_ONCE] for i in range(0, len(prompts), AT_ONCE)]  # embeddings of all would be large
     pad = bench.tokenizer.pad_token_id
-    return torch.cat([model.attention_weights(**left_padded(part, pad)).cpu() for part in parts])
+    counting = counted(parts, f"  reading prompts of {name}, parts", len(parts))
+    return torch.cat([model.attention_weights(**left_padded(part, pad)).cpu() for part in counting])

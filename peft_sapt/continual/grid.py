@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from tqdm.auto import tqdm
 
+from ..arm.progress import say
 from ..errors import StreamError
 from ..storage.atomic import write_atomically
 from ..storage.fingerprint import fingerprint as numbers_of
@@ -95,8 +95,9 @@ def run_grid(
         StreamError: a file is there already that was made with other settings or data.
     """
     orders = orders or orders_of(list(bench.stream))
-    for run in tqdm(runs, desc="grid", disable=None):
+    for number, run in enumerate(runs, start=1):
         path = run.path(folder)
+        say(f"run {number} of {len(runs)}: {run.method}, order {run.order}, seed {run.seed}")
         path.parent.mkdir(parents=True, exist_ok=True)
         with held(path) as mine:
             own = bench_for(bench, run, orders)
@@ -104,7 +105,7 @@ def run_grid(
                 continue
             write_atomically(path, text_of(run_one(own, run, provenance)[0]))
             gc.collect()  # the model, whose hooks and modules refer to each other, before the next one is built
-            tqdm.write(f"{time.strftime('%H:%M:%S')} {path}")
+            say(f"written: {path}")
 
 
 def run_one(own: Bench, run: Run, provenance: dict[str, Any]) -> tuple[dict[str, Any], Method]:

@@ -7,9 +7,9 @@ from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import set_seed
 
+from ..arm.progress import say
 from .answering import answers, mean_score, scored_rows
 from .learner import Bench
 from .scoring import Labels, label_set, warn_of_cut_answers
@@ -100,8 +100,8 @@ def learn_stream(method: Method) -> Found:
     matrix: list[list[float]] = []
     constrained: list[list[float]] = []
     stored = []
-    bar = tqdm(names, desc=method.title, disable=None)
-    for stage, name in enumerate(bar):
+    for stage, name in enumerate(names):
+        say(f"{method.title}: task {stage + 1} of {len(names)}, {name}")
         method.learn(name)
         for rows, held in ((matrix, False), (constrained, True)):
             known = rows[-1][:stage] if method.kept_apart and stage else []
@@ -110,7 +110,8 @@ def learn_stream(method: Method) -> Found:
             rows.append(known + now + [NAN] * (len(names) - stage - 1))
         stored.append(method.stored_bytes())
         method.after_stage(stage)
-        bar.set_postfix({name: f"{matrix[-1][stage]:.1f}"})
+        mean = sum(matrix[-1][: stage + 1]) / (stage + 1)
+        say(f"  {name} scores {matrix[-1][stage]:.1f} %, all tasks so far {mean:.1f} % on average")
     method.note_scores(dict(zip(names, matrix[-1], strict=True)))
     found: Found = {"matrix": matrix, "constrained": constrained, "stored_bytes": stored}
     if method.alone:

@@ -71,7 +71,8 @@ def arm_for(bench: Bench, **arguments: Any) -> ArmCallback:
         learning_rate=budget.generator_lr,
         draw_batch_size=budget.draw_batch,
     )
-    return ArmCallback(bench.tokenizer, **{"align_steps": budget.align_steps, "generator": settings, **arguments})
+    own = {"align_steps": budget.align_steps, "generator": settings, "progress": True}
+    return ArmCallback(bench.tokenizer, **{**own, **arguments})
 
 
 def prompt_training(bench: Bench) -> dict[str, Any]:
