@@ -102,7 +102,7 @@ def run(
             if way == "at once":
                 method.model.add_task(TASK)
             elif way.startswith("reopen_task"):
-                method.model.reopen_task()
+                method.model.reopen_task(forget=way.endswith("alone"))
             else:
                 method.model.continue_task(TASK)
             many = rows if way.endswith("alone") else [*old, *(rows * max(1, len(old) // len(rows) // 2))]

@@ -9,6 +9,13 @@ from peft_sapt.report.tables import markdown, spread
 
 Result = dict[str, Any]
 FEATURES = ("hidden", "both", "mean", "max")
+WAYS = (
+    "before",
+    "at once",
+    "reopen_task, old rows too",
+    "continue_task, new rows alone",
+    "reopen_task, new rows alone",
+)  # of more_data.py
 KINDS = {
     "attention-statistics": "learned attention, draws from statistics",
     "attention-rows": "learned attention, 20 real rows",
@@ -75,6 +82,18 @@ def curve_table(results: list[Result]) -> str:
             if abs(point["offset"]) <= 0.2 and round(100 * point["offset"]) % 10 == 0:
                 numbers = [f"{point[name]:.1f}" for name in ("strangers", "own", "words")]
                 rows.append([r["name"], f"{point['offset']:+.1f}", *numbers])
+    return markdown(head, rows)
+
+
+def more_data_table(found: Result) -> str:
+    """Old rows and new ones answered right, and the weight of the task's blocks on each, by router and way."""
+    head = ["new rows", "way", "router", "old rows right, %", "new rows right, %", "weights, old and new"]
+    rows = []
+    runs = found["runs"]
+    for run in sorted(runs, key=lambda r: (r["rows"], WAYS.index(r["way"]), r["router"])):
+        weights = f"{run['old']['own weight']:.2f}, {run['new']['own weight']:.2f}"
+        right = (f"{run[which]['right']:.0f}" for which in ("old", "new"))
+        rows.append([run["rows"], run["way"], run["router"], *right, weights])
     return markdown(head, rows)
 
 

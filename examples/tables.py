@@ -18,7 +18,7 @@ from statistics import mean
 from typing import Any
 
 from reproducibility import reproducibility_table
-from routing_tables import alone_table, curve_table, strangers_table, wordings_table
+from routing_tables import alone_table, curve_table, more_data_table, strangers_table, wordings_table
 from transfer import interval
 
 from peft_sapt.continual.methods import LABELS
@@ -221,6 +221,9 @@ def routing_tables(folder: Path) -> dict[str, str]:
     if found:
         kinds = {"strangers": strangers_table, "wordings": wordings_table, "strangers curve": curve_table}
         made |= {name: make(found) for name, make in kinds.items()}
+    path = folder / "more_data.json"
+    if path.is_file():
+        made["more data"] = more_data_table(json.loads(path.read_text(encoding="utf-8")))
     return made
 
 

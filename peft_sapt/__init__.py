@@ -36,6 +36,7 @@ if TYPE_CHECKING or not in_console_script():
         locked,
         optimizer_groups,
         save_pool,
+        training_rows,
     )
 else:
 
@@ -64,4 +65,5 @@ __all__ = [
     "locked",
     "optimizer_groups",
     "save_pool",
+    "training_rows",
 ]

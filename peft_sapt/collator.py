@@ -1,16 +1,23 @@
-"""A collator that marks the prompt, for training where the labels do not reach the model or do not tell it."""
+"""From rows to batches for the Trainer: rows in the shapes that people have, as token ids and labels; and a collator
+that marks the prompt, where the labels do not reach the model or do not tell it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import PromptError
+from .routing.notices import IGNORED_LABEL
 from .routing.packing import segments_of
 from .routing.prompt_mask import before_answers
+
+SHAPES = (
+    "{'prompt': str, 'completion': str}, {'messages': [...]} that end with the assistant's, or {'input_ids': [...], "
+    "'labels': [...]}"
+)
 
 
 class PromptMaskCollator:
@@ -98,3 +105,74 @@ def _mask_of(row: dict[str, Any]) -> list[bool] | None:
     if row.get("completion_mask") is not None:
         return [not value for value in row["completion_mask"]]
     return None
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def training_rows(tokenizer: Any, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, list[int]]]:
+    """``rows`` as ``{"input_ids": [S], "labels": [S]}`` for a causal language model, for the Trainer with
+    ``DataCollatorForSeq2Seq(tokenizer)``. (TRL's SFTTrainer takes the first two shapes as they are.)
+
+    Args:
+        tokenizer: of the base model, with an end token, which ends each answer; for messages with a chat template.
+        rows: of any of these shapes, other keys are ignored. ``prompt`` and ``completion``: texts, joined as they are.
+            ``messages``: a chat; the last answer is learned, all before it is prompt. ``input_ids`` and ``labels``,
+            -100 on the prompt: checked, and passed on.
+
+    Raises:
+        PromptError: a row has none of the shapes, no prompt, or no answer; it says which row.
+    """
+    return [checked_row(number, encoded_row(tokenizer, number, row)) for number, row in enumerate(rows)]
+
+
+def encoded_row(tokenizer: Any, number: int, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+    """Token ids and labels of one row."""
+    if "input_ids" in row and "labels" in row:
+        return [int(i) for i in row["input_ids"]], [int(i) for i in row["labels"]]
+    if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
+        prompt = list(tokenizer(row["prompt"]).input_ids)
+        if prompt and prompt[-1] == tokenizer.eos_token_id:  # that some tokenizers append
+            prompt.pop()
+        answer = [*tokenizer(row["completion"], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        if not row["completion"].strip():
+            answer = []
+        return prompt + answer, [IGNORED_LABEL] * len(prompt) + answer
+    if "messages" in row:
+        return encoded_chat(tokenizer, number, row["messages"])
+    raise PromptError(f"Row {number} has the keys {sorted(row)}: it must be {SHAPES}.")
+
+
+def encoded_chat(tokenizer: Any, number: int, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
+    """Token ids and labels of a chat, in the tokenizer's template."""
+    if not messages or messages[-1].get("role") != "assistant":
+        raise PromptError(f"The messages of row {number} do not end with the assistant's, which is to be learned.")
+    if not getattr(tokenizer, "chat_template", None):
+        raise PromptError(
+            "The tokenizer has no chat template, by which messages become text: give prompt and completion."
+        )
+    asked = tokenizer.apply_chat_template(list(messages[:-1]), add_generation_prompt=True, tokenize=False)
+    whole = tokenizer.apply_chat_template(list(messages), tokenize=False)
+    if not whole.startswith(asked):
+        raise PromptError(
+            f"In row {number} the chat template writes the messages before the answer otherwise than without it, so "
+            "prompt and answer cannot be told apart: give prompt and completion."
+        )
+    prompt = list(tokenizer(asked, add_special_tokens=False).input_ids)
+    answer = list(tokenizer(whole[len(asked) :], add_special_tokens=False).input_ids)
+    return prompt + answer, [IGNORED_LABEL] * len(prompt) + answer
+
+
+def checked_row(number: int, row: tuple[list[int], list[int]]) -> dict[str, list[int]]:
+    """The row as the Trainer takes it."""
+    ids, labels = row
+    if len(ids) != len(labels):
+        raise PromptError(f"Row {number} has {len(ids)} input_ids and {len(labels)} labels.")
+    first = next((i for i, label in enumerate(labels) if label != IGNORED_LABEL), None)
+    if first is None:
+        raise PromptError(f"Row {number} has no answer: all of its labels are -100, or its completion is empty.")
+    if first == 0:
+        raise PromptError(
+            f"Row {number} has no prompt, from which its attention could be computed: labels begin at once."
+        )
+    return {"input_ids": ids, "labels": labels}

@@ -43,7 +43,7 @@ def register(config_cls: type, model_cls: type) -> None:
 add_peft_type()  # which the files below ask for as they are imported
 
 from .arm import ArmCallback, GeneratorSettings, last_complete_checkpoint  # noqa: E402
-from .collator import PromptMaskCollator  # noqa: E402
+from .collator import PromptMaskCollator, training_rows  # noqa: E402
 from .config import SaptConfig  # noqa: E402
 from .layer import SaptLayer  # noqa: E402
 from .model import SaptModel  # noqa: E402
@@ -74,4 +74,5 @@ __all__ = [
     "locked",
     "optimizer_groups",
     "save_pool",
+    "training_rows",
 ]

