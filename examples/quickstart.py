@@ -143,6 +143,10 @@ def main() -> int:
         if method in RECIPES:
             model, arm, results[method] = learn_pool(bench, RECIPES[method])
             pool = args.out / "pool"
+            if args.tasks_dir is None and args.dataset is None:  # made up: they may be shown
+                for name, splits in bench.stream.items():
+                    prompt = bench.tokenizer.decode(bench.prompts(splits["train"][:1])[0])
+                    model.record_task(name, example=prompt)
             model.save_pretrained(pool)
             if arm is not None:
                 arm.save_replay(pool)

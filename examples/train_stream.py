@@ -53,6 +53,10 @@ def learn(model, tokenizer, name: str, rows: list, args: argparse.Namespace) -> 
         callbacks=[arm],
         optimizers=create_optimizer(model, training, attention_lr=3e-4),
     ).train()
+    if args.tasks_dir is None or args.show_examples:  # the card then shows how prompts are written
+        row = encoded(tokenizer, rows[0], args.max_tokens)
+        prompt = [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label == -100]
+        model.record_task(name, example=tokenizer.decode(prompt)[:200])
     model.record_task(name, data=str(args.tasks_dir or "made up by examples/synthetic.py"), license=args.license)
     save_pool(model, args.out, arm)
     report = arm.reports[name]
@@ -71,6 +75,7 @@ def main() -> int:
     )
     parser.add_argument("--push", metavar="REPO", help="push the pool to this repository of the Hub at the end")
     parser.add_argument("--license", help="of the data, for the model card")
+    parser.add_argument("--show-examples", action="store_true", help="a prompt of each task goes into the model card")
     parser.add_argument("--rows", type=int, default=64, help="training rows per task")
     parser.add_argument("--epochs", type=float, default=3.0)
     parser.add_argument("--lr", type=float, default=5e-3)

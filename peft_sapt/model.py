@@ -191,7 +191,8 @@ class SaptModel(BaseTuner):
 
         Args:
             fields: ``rows`` seen in training, and what stands for them in ``replay`` (``ArmCallback`` notes both);
-                ``score`` in the unit that ``metric`` names; where the ``data`` are from and their ``license``.
+                ``score`` in the unit that ``metric`` names; where the ``data`` are from and their ``license``; an
+                ``example``, a prompt that may be shown, as the model gets it.
 
         Raises:
             TaskError: there is no such task. SaptError: an unknown field, or a value of the wrong kind.

@@ -15,6 +15,7 @@ RECORD_FIELDS = {  # what a pool's card says of each task, and what tells its ol
     "license": "licence of the data",
     "replay": "what stands for the task in replay",
     "prompts": "short digests of some training prompts",
+    "example": "a prompt that may be shown, as it is given to the model",
 }
 MAX_TEXT = 200
 

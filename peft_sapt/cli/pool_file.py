@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import click
 
 from ..errors import PoolFormatError
 from ..hub.strangers_text import other_prompts
+from ..storage.atomic import read_bounded
 from ..storage.plain_file import (
     WEIGHTS_NAME,
     Stored,
@@ -35,6 +37,15 @@ def read_pool(folder: Path) -> tuple[dict[str, Stored], dict[str, Any]]:
     return tensors, manifest
 
 
+def own_config(folder: Path) -> dict[str, Any]:
+    """The adapter_config.json of a pool, which alone names its base model; empty where there is none to read."""
+    try:
+        found = json.loads(read_bounded(folder / "adapter_config.json"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def verified(folder: Path) -> int:
     """The number of tensors of the pool in ``folder``; raises [`PoolFormatError`] if one is not what was saved."""
     tensors, manifest = read_pool(folder)
@@ -55,7 +66,12 @@ def show(folder: Path) -> None:
     and which prompts the base model answers."""
     tensors, manifest = read_pool(folder)
     size = sum(len(stored.data) for stored in tensors.values())
+    config = {**manifest["config"], **own_config(folder)}
     click.echo(f"{folder}: {len(manifest['tasks'])} tasks, {size / 1e6:.2f} MB, format {manifest['format_version']}")
+    click.echo(
+        f"base model {config.get('base_model_name_or_path') or 'unnamed'}; router {config.get('router')}, "
+        f"features {config.get('features')}, fallback {config.get('fallback')}"
+    )
     wide = max([len("task"), *map(len, manifest["tasks"])]) + 2
     click.echo(f"{'task':<{wide}}{'rank':>6}{'scaling':>10}{'replay rows':>13}{'statistics of':>15}  state")
     for i, name in enumerate(manifest["tasks"]):
@@ -63,7 +79,11 @@ def show(folder: Path) -> None:
         rank, scaling, rows = (manifest[key][i] for key in ("ranks", "scalings", "replay_rows"))
         known = (manifest.get("statistics") or [0] * len(manifest["tasks"]))[i]
         click.echo(f"{name:<{wide}}{rank:>6}{scaling:>10.3g}{rows:>13}{known:>15}  {state}")
-    click.echo(other_prompts(manifest["config"], manifest, as_code=repr).replace("`", ""))
+    for name in manifest["tasks"]:
+        example = ((config.get("records") or {}).get(name) or {}).get("example")
+        if example:
+            click.echo(f"a prompt of {name}: {example!r}")
+    click.echo(other_prompts(config, manifest, as_code=repr).replace("`", ""))
 
 
 @click.command("verify")

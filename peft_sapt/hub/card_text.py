@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from dataclasses import dataclass
@@ -23,6 +24,10 @@ SOURCES = {
     "pseudo-samples": "prompts that a generator, fitted to the task's own prompts, made up",
     "real rows": "real prompts of its training data",
 }
+OWN_WEIGHT = (
+    "*own weight*: how much of a task's block answers what the pool stores of its prompts, mean. Draws from "
+    "statistics scatter more than prompts do, on which it is mostly higher: `model.attention_weights(**prompt)`."
+)
 CITATION = """```bibtex
 @inproceedings{zhao2024sapt,
   title     = {{SAPT}: A Shared Attention Framework for Parameter-Efficient Continual Learning
@@ -79,6 +84,9 @@ class CardData:
 def section(data: CardData) -> str:
     """Everything between the marks."""
     parts = [title(data), summary(data), "## Tasks", task_table(data)]
+    if data.attention is not None:
+        parts.append(OWN_WEIGHT)
+    parts += examples(data)
     if data.picture is not None:
         parts += [
             "## Attention",
@@ -132,6 +140,15 @@ def task_table(data: CardData) -> str:
     return "\n".join(lines)
 
 
+def examples(data: CardData) -> list[str]:
+    """Prompts that may be shown, as the model gets them."""
+    known = [(name, data.record(name)["example"]) for name in data.tasks if data.record(name).get("example")]
+    if not known:
+        return []
+    lines = [f"- {code(name)}: {code(json.dumps(text, ensure_ascii=False))}" for name, text in known]
+    return ["## Prompts", "As the model gets them, `\\n` being a line break:", "\n".join(lines)]
+
+
 def own_weights(data: CardData) -> list[str]:
     if data.attention is None:
         return []
@@ -168,11 +185,10 @@ Then `model.generate(**prompt)` answers, `model.attention_weights(**prompt)` tel
 
 def told_by(data: CardData) -> str:
     """How prompts are told apart, and what to mind."""
+    how = "as in the examples above" if examples(data) else "as in training, which `record_task(example=)` would show"
     if data.config.get("features") == "hidden":
-        return (
-            "Prompts are told apart by what the base model's lower layers make of them, best as written in training."
-        )
-    return "Prompts are told apart by their wording: write them as they were written in training."
+        return f"Prompts are told apart by what the base model's lower layers make of them, best written {how}."
+    return f"Prompts are told apart by their wording: write them {how}."
 
 
 def base_notes(data: CardData) -> str:

@@ -319,3 +319,16 @@ def test_a_vocabulary_that_grew_before_the_pool_was_made(tmp_path) -> None:
         tmp_path, save_embedding_layers=True
     )
     assert PeftModel.from_pretrained(resized(), tmp_path).tasks == ["a"]
+
+
+def test_examples_that_may_be_shown_are(tmp_path) -> None:
+    """As the model gets them, and nothing in them can be markup."""
+    model = committed_pool()
+    model.save_pretrained(tmp_path)
+    assert "## Prompts" not in card_of(tmp_path) and "record_task(example=)" in card_of(tmp_path)
+    model.record_task("a", example="The <b>soup</b> | was cold.\nOutput:")
+    model.save_pretrained(tmp_path)
+    text = card_of(tmp_path)
+    assert "## Prompts" in text and "as in the examples above" in text
+    line = next(line for line in text.splitlines() if line.startswith("- <code>a</code>"))
+    assert "soup" in line and "<b>" not in line and "|" not in line and "Output:" in line
