@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import mean
 from typing import Any
 
-from peft_sapt.continual.methods import LABELS, PROMPTS
+from peft_sapt.continual.labels import LABELS, PROMPTS
 from peft_sapt.continual.results import metrics_of
 from peft_sapt.report.tables import markdown
 

@@ -14,8 +14,9 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 from synthetic import make_stream
 
-from peft_sapt.continual.learner import Bench, Budget
-from peft_sapt.continual.settings import Data, make_bench
+from peft_sapt.continual.learner import Bench
+from peft_sapt.continual.options import Budget, Data
+from peft_sapt.continual.settings import make_bench
 from peft_sapt.errors import SaptError
 
 QUICK_ROWS, QUICK_TESTS = 40, 10

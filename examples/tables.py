@@ -21,7 +21,7 @@ from reproducibility import reproducibility_table
 from routing_tables import alone_table, curve_table, more_data_table, strangers_table, wordings_table
 from transfer import interval
 
-from peft_sapt.continual.methods import LABELS
+from peft_sapt.continual.labels import LABELS
 from peft_sapt.continual.results import NAME, metrics_of, with_nan
 from peft_sapt.report.tables import markdown, short, spread, tasks_table
 

@@ -1,4 +1,5 @@
-"""What a pool makes of tasks that it never learned: its mixture, against the base model and each block alone.
+"""What a pool makes of tasks that it never learned: its mixture, against the base model, its leading block at full
+strength, and each block alone; and the first two on the tasks that it has learned.
 
     python examples/unseen.py --tasks-dir DIR --tasks agnews,amazon,dbpedia --unseen yelp,imdb ...
 
@@ -10,6 +11,8 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,12 +38,31 @@ def score_unseen(bench: Bench, model: PeftModel, names: list[str]) -> Found:
             base = evaluate(bench, model, [name])[0]
         mean = weights_of_prompts(bench, model, name).mean(dim=0).tolist()
         found[name] = {
-            "mixture": evaluate(bench, model, [name])[0],
+            **score_both(bench, model, name),
             "base": base,
             "blocks": {block: evaluate(bench, model, [name], sapt_task=block)[0] for block in model.tasks},
             "weights": dict(zip(model.tasks, mean, strict=True)),
         }
     return found
+
+
+@contextmanager
+def hard_selection(model: PeftModel) -> Iterator[None]:
+    """The leading block of each prompt alone answers it, with a weight of 1."""
+    config = model.base_model.pool.config
+    before = config.top_k, config.renormalize
+    config.top_k, config.renormalize = 1, True
+    try:
+        yield
+    finally:
+        config.top_k, config.renormalize = before
+
+
+def score_both(bench: Bench, model: PeftModel, name: str) -> dict[str, float]:
+    """Score of the mixture in percent, and of the leading block at full strength."""
+    mixture = evaluate(bench, model, [name])[0]
+    with hard_selection(model):
+        return {"mixture": mixture, "hard": evaluate(bench, model, [name])[0]}
 
 
 def main() -> int:
@@ -63,6 +85,7 @@ def main() -> int:
             "pool_tasks": learned,
             "settings": settings_of(bench),
             "matrix": found["matrix"],
+            "known": {name: score_both(bench, model, name) for name in learned},
             "scores": score_unseen(bench, model, args.unseen),
             "commit": commit(),
         }
@@ -72,7 +95,7 @@ def main() -> int:
     for name, scores in result["scores"].items():
         best = max(scores["blocks"], key=scores["blocks"].get)
         print(
-            f"{name}: base {scores['base']:.1f}, mixture {scores['mixture']:.1f}, best block {best} "
+            f"{name}: base {scores['base']:.1f}, mixture {scores['mixture']:.1f}, hard {scores['hard']:.1f}, best block {best} "
             f"{scores['blocks'][best]:.1f}"
         )
     return 0

@@ -9,12 +9,8 @@ from typing import Any
 
 import click
 
-from ..continual.grid import run_grid, runs_of, with_single_scores
-from ..continual.learner import Budget
-from ..continual.methods import LABELS
-from ..continual.options import described
-from ..continual.results import write_results
-from ..continual.settings import Data, make_bench
+from ..continual.labels import LABELS
+from ..continual.options import Budget, Data, described
 from .benching import described_stream, must_be_folder, resolved, stream_and_orders
 from .options import as_yaml, built, takes
 
@@ -40,6 +36,10 @@ def command(ctx: click.Context, dry_run: bool, **_: Any) -> None:
     Resumes wherever it was stopped; several processes started on one folder share the work. Scores of tasks alone,
     which FWT compares with, are measured once for each seed.
     """
+    from ..continual.grid import run_grid, runs_of, with_single_scores
+    from ..continual.results import write_results
+    from ..continual.settings import make_bench
+
     (data, budget), grid = resolved(ctx), built(Grid, ctx.params)
     must_be_folder(grid.out, "--out")
     if grid.report:
@@ -63,7 +63,7 @@ def command(ctx: click.Context, dry_run: bool, **_: Any) -> None:
         return
     click.echo(f"Results: {written}")
     if grid.report:
-        from ..report import write_report
+        from ..report.write import write_report
 
         click.echo(f"Report: {write_report(written.parent, written.parent / 'report')}")
 

@@ -7,9 +7,7 @@ from pathlib import Path
 import click
 
 from ..continual.benchmarks import BENCHMARKS, tasks_in_order
-from ..continual.grid import orders_of
-from ..continual.learner import Budget
-from ..continual.settings import Data, available, load_stream, named_orders
+from ..continual.options import Budget, Data
 from ..continual.streams import Stream
 from ..errors import StreamError
 from .options import built, left_to_default
@@ -33,6 +31,9 @@ def stream_and_orders(data: Data, wanted: list[str]) -> tuple[Stream, dict[str, 
 
     "listed" and "reversed" are of ``data.tasks``, or of all tasks there; the others are a benchmark's.
     """
+    from ..continual.grid import orders_of
+    from ..continual.settings import available, load_stream, named_orders
+
     named = named_orders(data)
     skip = data.missing == "skip"
     if data.tasks is not None and any(name in named for name in wanted):

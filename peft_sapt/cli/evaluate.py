@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from peft import PeftConfig, PeftModel
 
-from ..continual.answering import answers, mean_score, scored_rows, weights_of_prompts
-from ..continual.grid import text_of
-from ..continual.learner import Bench, Budget
-from ..continual.method import labels_of
-from ..continual.sapt import percent_led
-from ..continual.settings import Data, make_bench
+from ..continual.options import Budget, Data
 from ..errors import PoolFormatError
 from ..storage.atomic import write_atomically
 from .benching import described_stream, resolved, stream_and_orders
 from .options import as_yaml, left_to_default, takes
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from ..continual.learner import Bench
 
 
 @click.command("eval")
@@ -32,6 +31,11 @@ def command(ctx: click.Context, folder: str, out: Path | None, dry_run: bool, **
     FOLDER is one that save_pretrained has written, or an id on the Hub. The base model is the one that it names,
     unless --model gives another.
     """
+    from peft import PeftModel
+
+    from ..continual.grid import text_of
+    from ..continual.settings import make_bench
+
     data, budget = resolved(ctx)
     if left_to_default(ctx, "model"):
         data.model = base_of(folder)
@@ -56,6 +60,8 @@ def command(ctx: click.Context, folder: str, out: Path | None, dry_run: bool, **
 
 def base_of(folder: str) -> str:
     """The base model that an adapter's config names; raises [`PoolFormatError`] if there is none."""
+    from peft import PeftConfig
+
     try:
         name = PeftConfig.from_pretrained(folder).base_model_name_or_path
     except (OSError, ValueError) as error:
@@ -71,6 +77,10 @@ def base_of(folder: str) -> str:
 
 def of_task(bench: Bench, model: PeftModel, name: str) -> dict[str, float | None]:
     """Score, score with answers held to the task's labels, and how a pool with that task routes its prompts."""
+    from ..continual.answering import answers, mean_score, scored_rows, weights_of_prompts
+    from ..continual.method import labels_of
+    from ..continual.sapt import percent_led
+
     rows, labels = scored_rows(bench, name), labels_of(bench, name)
     found: dict[str, float | None] = {"score": mean_score(bench, rows, answers(bench, model, rows))}
     held = None if labels is None else mean_score(bench, rows, answers(bench, model, rows, labels=labels))
@@ -81,6 +91,7 @@ def of_task(bench: Bench, model: PeftModel, name: str) -> dict[str, float | None
         own = tasks.index(name) if name in tasks else None
         led = None if own is None else percent_led(weights, own)
         found |= {"routing %": led, "own weight": None if own is None else float(weights[:, own].mean())}
+        found["left to base %"] = 100.0 * float((~weights.any(dim=1)).float().mean())
     return found
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from difflib import get_close_matches
+from functools import wraps
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -10,6 +12,7 @@ import click
 
 from ..errors import SaptError
 
+AFTER = "after_classes"  # attribute of a callback that [`after_classes`] has made
 CLASSES = "peft_sapt.registration"  # imports torch, transformers and PEFT, and makes SAPT a method of PEFT
 
 
@@ -20,6 +23,18 @@ class Entry(NamedTuple):
     about: str
     files_alone: bool = False
     name: str = "command"
+
+
+def after_classes(callback: Callable[..., Any]) -> Callable[..., Any]:
+    """``callback``, before which SAPT becomes a method of PEFT; its help needs none of it."""
+
+    @wraps(callback)
+    def with_classes(*args: Any, **kwargs: Any) -> Any:
+        import_module(CLASSES)
+        return callback(*args, **kwargs)
+
+    setattr(with_classes, AFTER, True)
+    return with_classes
 
 
 class LazyGroup(click.Group):
@@ -34,9 +49,9 @@ class LazyGroup(click.Group):
         if name not in self.entries:
             return None
         entry = self.entries[name]
-        if not entry.files_alone:
-            import_module(CLASSES)
         found: click.Command = getattr(import_module(entry.module), entry.name)
+        if not entry.files_alone and found.callback is not None and not hasattr(found.callback, AFTER):
+            found.callback = after_classes(found.callback)
         return found
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from peft import PeftModel
 
-from ..continual.base import load_base
-from .evaluate import base_of
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 MODEL = click.option("--model", help="Base model, in place of the one that the pool names.")
 CACHE = Path.home() / ".cache" / "peft-sapt"
@@ -18,6 +17,11 @@ CACHE = Path.home() / ".cache" / "peft-sapt"
 
 def opened(folder: Path, model: str | None) -> PeftModel:
     """The pool in ``folder`` on its base model; raises [`PoolFormatError`] or [`StreamError`] where one is missing."""
+    from peft import PeftModel
+
+    from ..continual.base import load_base
+    from .evaluate import base_of
+
     base, _ = load_base(base_of(str(folder)) if model is None else model, CACHE, device="cpu")
     return PeftModel.from_pretrained(base, folder)
 

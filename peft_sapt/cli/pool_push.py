@@ -5,13 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from huggingface_hub import constants
-from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.utils import disable_progress_bars
 
-from ..compat import UNREACHABLE
 from ..errors import SaptError
-from ..hub.push import push_folder
 from .pool_file import verified
 
 
@@ -25,6 +20,13 @@ def push(folder: Path, repo_id: str, private: bool | None, message: str) -> None
 
     Log in with `hf auth login`, or set HF_TOKEN.
     """
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import disable_progress_bars
+
+    from ..compat import UNREACHABLE
+    from ..hub.push import push_folder
+
     verified(folder)
     disable_progress_bars()  # what was sent is told below
     try:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from ..report import FORMATS, write_report
+FORMATS = ("md", "tex", "csv")
 
 
 @click.command("report")
@@ -21,6 +21,8 @@ from ..report import FORMATS, write_report
 @click.option("--pictures/--no-pictures", default=True, show_default=True, help="Heat-maps and curves too.")
 def command(folder: Path, out: Path | None, formats: str, pictures: bool) -> None:
     """Make tables (Markdown, LaTeX, CSV), heat-maps, forgetting curves and pool growth from FOLDER's results."""
+    from ..report.write import write_report
+
     chosen = formats.split(",")
     wrong = [name for name in chosen if name not in FORMATS]
     if wrong:

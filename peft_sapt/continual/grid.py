@@ -24,9 +24,10 @@ from ..errors import StreamError
 from ..storage.atomic import write_atomically
 from ..storage.fingerprint import fingerprint as numbers_of
 from ..storage.fingerprint import short_print
+from .labels import alone_of
 from .learner import Bench
 from .method import Method, learn_stream
-from .methods import METHODS, alone_of
+from .methods import METHODS
 from .metrics import average_performance, backward_transfer, forgetting_rate
 from .provenance import environment
 from .streams import fingerprint

@@ -16,34 +16,11 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from ..optimizer import create_optimizer
 from .frozen_prefix import with_frozen_prefix
-from .options import described
+from .options import Budget
 from .progress import TaskProgress
 from .prompts import Collator, PromptStyle, encode_rows
 from .scoring import Score
 from .streams import Row, Stream
-
-
-@dataclass
-class Budget:
-    """What every method gets alike."""
-
-    epochs: float = described(3.0, "over each task's rows")
-    batch_size: int = described(8, "rows per optimizer step")
-    lr: float = described(5e-3, "learning rate of blocks")
-    attention_lr: float = described(3e-4, "learning rate of keys and query projection")
-    prompt_lr: float = described(3e-2, "learning rate of soft prompts")
-    prompt_epochs: float = described(5.0, "epochs of soft prompts")
-    virtual_tokens: int = described(10, "virtual tokens of a soft prompt")
-    r: int = described(4, "rank of a block")
-    lora_alpha: float = described(32.0, "alpha of a block")
-    layers: int = described(8, "blocks on so many of the topmost layers; 0 for all")
-    max_answer: int = described(6, "longest answer in tokens, end token included")
-    generator_epochs: float = described(1.5, "epochs of ARM's generator")
-    generator_batch: int = described(8, "rows per step of the generator")
-    generator_lr: float = described(5e-3, "learning rate of the generator")
-    draw_batch: int = described(64, "pseudo-samples drawn at once")
-    align_steps: int = described(400, "steps that fit the attention before and after a task")
-    seed: int = described(0, "of every random choice")
 
 
 @dataclass

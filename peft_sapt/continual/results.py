@@ -14,7 +14,7 @@ import numpy as np
 from ..errors import StreamError
 from ..storage.atomic import read_bounded, write_atomically
 from .grid import Run, text_of
-from .methods import LABELS, alone_of
+from .labels import LABELS, alone_of
 from .metrics import average_performance, backward_transfer, forgetting_of, forgetting_rate, forward_transfer
 
 Result = dict[str, Any]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..continual.methods import LABELS
+from ..continual.labels import LABELS
 from ..continual.results import Result
 from ..errors import StreamError
 from ..hub.heatmap import can_draw, draw_matrix

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..continual.methods import LABELS
+from ..continual.labels import LABELS
 from ..continual.results import DIGITS, METRICS, Result, spread_of, summarise
 
 HEADS = {"routing": "routing %"}

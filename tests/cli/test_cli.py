@@ -26,8 +26,7 @@ from helpers.bench import SMALL, save_model, save_tasks
 from helpers.paths import environment
 from peft_sapt.cli import main
 from peft_sapt.cli.options import CommaList
-from peft_sapt.continual.learner import Budget
-from peft_sapt.continual.settings import Data
+from peft_sapt.continual.options import Budget, Data
 
 
 @pytest.fixture(scope="session")

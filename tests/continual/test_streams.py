@@ -10,7 +10,8 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from peft_sapt.continual.benchmarks import BENCHMARKS, is_task, tasks_in_order
-from peft_sapt.continual.settings import Data, load_stream
+from peft_sapt.continual.options import Data
+from peft_sapt.continual.settings import load_stream
 from peft_sapt.continual.streams import SPLITS, fingerprint, from_splits, load_dataset_stream, load_folder
 from peft_sapt.errors import StreamError
 

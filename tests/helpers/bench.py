@@ -10,7 +10,8 @@ import torch
 
 from helpers.tiny import tiny_llama
 from helpers.words import tokenizer as make_tokenizer
-from peft_sapt.continual.learner import Bench, Budget
+from peft_sapt.continual.learner import Bench
+from peft_sapt.continual.options import Budget
 from peft_sapt.continual.prompts import PromptStyle
 from peft_sapt.continual.scoring import exact_match
 

@@ -14,12 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_sapt.continual.grid import Run, orders_of, runs_of, text_of, with_single_scores
-from peft_sapt.continual.methods import LABELS, METHODS, PROMPTS, alone_of
+from peft_sapt.continual.labels import LABELS, PROMPTS, alone_of
+from peft_sapt.continual.methods import METHODS
 from peft_sapt.continual.metrics import forgetting_of
 from peft_sapt.continual.results import labelled, load_runs, metrics_of, spread_of, with_nan, write_results
 from peft_sapt.errors import StreamError
-from peft_sapt.report import write_report
 from peft_sapt.report.tables import csv, latex, markdown, methods_table, numbers_table, short, tasks_table
+from peft_sapt.report.write import write_report
 
 NAMES = [f"task{i:03d}_a_long_name_{i}" for i in range(1, 16)]
 
