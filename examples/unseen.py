@@ -95,8 +95,8 @@ def main() -> int:
     for name, scores in result["scores"].items():
         best = max(scores["blocks"], key=scores["blocks"].get)
         print(
-            f"{name}: base {scores['base']:.1f}, mixture {scores['mixture']:.1f}, hard {scores['hard']:.1f}, best block {best} "
-            f"{scores['blocks'][best]:.1f}"
+            f"{name}: base {scores['base']:.1f}, mixture {scores['mixture']:.1f}, leading block alone "
+            f"{scores['hard']:.1f}, best block {best} {scores['blocks'][best]:.1f}"
         )
     return 0
 
