@@ -7,15 +7,17 @@ take seconds to import, and looking into a saved pool needs none of them.
 
 import multiprocessing
 import sys
-from pathlib import PurePath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 SCRIPT = "peft-sapt"
 
 
 def in_console_script() -> bool:
-    """Whether this process is the console script itself, and not one that it has started."""
-    return PurePath(sys.argv[0]).stem == SCRIPT and multiprocessing.parent_process() is None
+    """Whether this process is the console script itself, and not one that it has started, or a file of that name."""
+    started = Path((getattr(sys, "argv", None) or [""])[0] or "")
+    named = started.name in (SCRIPT, f"{SCRIPT}.exe") and not started.is_dir()
+    return named and multiprocessing.parent_process() is None
 
 
 if TYPE_CHECKING or not in_console_script():

@@ -123,13 +123,22 @@ def training_rows(tokenizer: Any, rows: Iterable[Mapping[str, Any]]) -> list[dic
     Raises:
         PromptError: a row has none of the shapes, no prompt, or no answer; it says which row.
     """
+    if isinstance(rows, (str, Mapping)):
+        raise PromptError(f"Rows must be a list of rows, or one split of a dataset, got a {type(rows).__name__}.")
+    if tokenizer.eos_token_id is None:
+        raise PromptError("The tokenizer has no end token, which ends each answer: set tokenizer.eos_token.")
     return [checked_row(number, encoded_row(tokenizer, number, row)) for number, row in enumerate(rows)]
 
 
 def encoded_row(tokenizer: Any, number: int, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
     """Token ids and labels of one row."""
+    if not isinstance(row, Mapping):
+        raise PromptError(f"Row {number} is a {type(row).__name__}: it must be {SHAPES}.")
     if "input_ids" in row and "labels" in row:
-        return [int(i) for i in row["input_ids"]], [int(i) for i in row["labels"]]
+        try:
+            return [int(i) for i in row["input_ids"]], [int(i) for i in row["labels"]]
+        except (TypeError, ValueError) as error:
+            raise PromptError(f"Row {number}: input_ids and labels must be lists of numbers ({error}).") from error
     if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
         prompt = list(tokenizer(row["prompt"]).input_ids)
         if prompt and prompt[-1] == tokenizer.eos_token_id:  # that some tokenizers append
@@ -145,8 +154,15 @@ def encoded_row(tokenizer: Any, number: int, row: Mapping[str, Any]) -> tuple[li
 
 def encoded_chat(tokenizer: Any, number: int, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
     """Token ids and labels of a chat, in the tokenizer's template."""
-    if not messages or messages[-1].get("role") != "assistant":
-        raise PromptError(f"The messages of row {number} do not end with the assistant's, which is to be learned.")
+    turns = messages if isinstance(messages, (list, tuple)) and all(isinstance(m, Mapping) for m in messages) else ()
+    last = turns[-1] if turns else {}
+    if last.get("role") != "assistant" or not str(last.get("content") or "").strip():
+        raise PromptError(
+            f"The messages of row {number} do not end with the assistant's, which is to be learned: they must be a "
+            'list of {"role": ..., "content": ...}, the last one with an answer.'
+        )
+    if len(turns) == 1:
+        raise PromptError(f"Row {number} has no prompt: its only message is the assistant's.")
     if not getattr(tokenizer, "chat_template", None):
         raise PromptError(
             "The tokenizer has no chat template, by which messages become text: give prompt and completion."
@@ -160,6 +176,8 @@ def encoded_chat(tokenizer: Any, number: int, messages: Sequence[Mapping[str, An
         )
     prompt = list(tokenizer(asked, add_special_tokens=False).input_ids)
     answer = list(tokenizer(whole[len(asked) :], add_special_tokens=False).input_ids)
+    if not set(answer) & (set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}):
+        answer.append(tokenizer.eos_token_id)  # a template need not write one
     return prompt + answer, [IGNORED_LABEL] * len(prompt) + answer
 
 

@@ -169,8 +169,7 @@ class SaptModel(BaseTuner):
 
     def continue_task(self, name: str, new_name: str | None = None) -> str:
         """Open a task for more data of ``name``, any task, without its old rows: a key of its own, and a block that
-        starts as a copy of that one's, which keeps every byte. Returns its name, ``name-2`` by default; raises as
-        ``add_task`` does."""
+        starts as a copy of that one's, which keeps every byte. Returns its name, by default ``name-2``."""
         return warm_start.continue_task(self.pool, name, new_name)
 
     def warm_start(self, inputs: Batches) -> dict[str, float]:
@@ -191,8 +190,8 @@ class SaptModel(BaseTuner):
 
         Args:
             fields: ``rows`` seen in training, and what stands for them in ``replay`` (``ArmCallback`` notes both);
-                ``score`` in the unit that ``metric`` names; where the ``data`` are from and their ``license``; an
-                ``example``, a prompt that may be shown, as the model gets it.
+                ``score`` in the unit that ``metric`` names; where the ``data`` are from, their ``license``, and an
+                ``example``: a prompt that may be shown, of at most 2000 characters.
 
         Raises:
             TaskError: there is no such task. SaptError: an unknown field, or a value of the wrong kind.

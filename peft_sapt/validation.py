@@ -18,6 +18,7 @@ RECORD_FIELDS = {  # what a pool's card says of each task, and what tells its ol
     "example": "a prompt that may be shown, as it is given to the model",
 }
 MAX_TEXT = 200
+LONGER = {"example": 2000, "prompts": 1000}  # characters of texts that may be longer
 
 
 def is_number(value: object) -> TypeGuard[float]:
@@ -72,8 +73,9 @@ def checked_record(values: dict[str, Any]) -> dict[str, Any]:
             raise SaptError(f"A task's rows must be a whole number, got {value!r}.")
         if name == "score" and not is_number(value):
             raise SaptError(f"A task's score must be a number, got {value!r}.")
-        if name not in ("rows", "score") and not (isinstance(value, str) and len(value) <= MAX_TEXT):
-            raise SaptError(f"A task's {name} must be a text of at most {MAX_TEXT} characters, got {value!r}.")
+        longest = LONGER.get(name, MAX_TEXT)
+        if name not in ("rows", "score") and not (isinstance(value, str) and len(value) <= longest):
+            raise SaptError(f"A task's {name} must be a text of at most {longest} characters, got {value!r}.")
     return found
 
 

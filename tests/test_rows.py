@@ -41,7 +41,8 @@ def test_a_chat_learns_its_last_answer(words) -> None:
     messages = [{"role": role, "content": text} for role, text in said]
     [row] = training_rows(words, [{"messages": messages}])
     asked = "".join(f"{role} {text} . " for role, text in said[:-1]) + "assistant "
-    assert row["input_ids"] == [*ids(words, asked), *ids(words, f"{d} . ")]
+    answer = [*ids(words, f"{d} . "), words.eos_token_id]  # this template writes no end token
+    assert row["input_ids"] == [*ids(words, asked), *answer]
     assert [label != -100 for label in row["labels"]] == [False] * len(ids(words, asked)) + [True] * len(
         ids(words, f"{d} . ")
     )
@@ -62,6 +63,11 @@ def test_token_ids_are_passed_on(words) -> None:
         ({"prompt": "", "completion": "y"}, "Row 1 has no prompt"),
         ({"messages": []}, "messages of row 1 do not end with the assistant's"),
         ({"messages": [{"role": "user", "content": "x"}]}, "messages of row 1 do not end"),
+        ({"messages": '[{"role": "assistant"}]'}, "messages of row 1 do not end"),
+        ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": None}]}, "do not end"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "Row 1 has no prompt: its only message"),
+        ("prompt", "Row 1 is a str: it must be"),
+        ({"input_ids": [[1], [2]], "labels": [1, 2]}, "Row 1: input_ids and labels must be lists of numbers"),
         ({"input_ids": [1, 2], "labels": [1]}, "Row 1 has 2 input_ids and 1 labels"),
         ({"input_ids": [1, 2], "labels": [-100, -100]}, "Row 1 has no answer"),
         ({"input_ids": [1, 2], "labels": [1, 2]}, "Row 1 has no prompt"),
@@ -81,3 +87,12 @@ def test_templates_that_cannot_be_split(words) -> None:
     words.chat_template = None
     with pytest.raises(PromptError, match="no chat template"):
         training_rows(words, [{"messages": messages}])
+
+
+def test_what_is_no_list_of_rows(words) -> None:
+    for rows in ({"train": [1]}, "prompt"):
+        with pytest.raises(PromptError, match="one split of a dataset"):
+            training_rows(words, rows)
+    words.eos_token = None
+    with pytest.raises(PromptError, match="no end token"):
+        training_rows(words, [])

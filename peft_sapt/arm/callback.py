@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 
 from ..errors import ReflectionError
+from ..pool import warm_start
 from ..pool.model_methods import check_loads, check_no_loads, was_checked
 from ..pool.view import Pool
 from ..pool_module import sharding_of
@@ -89,6 +90,8 @@ class ArmCallback(Reflection, TrainerCallback):
         CheckpointError: an incomplete checkpoint.
     """
 
+    is_fresh = True  # whether the block that the Trainer trains had not been trained before
+
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -114,11 +117,13 @@ class ArmCallback(Reflection, TrainerCallback):
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if state.global_step and not was_checked(model) and folder.is_dir():  # loaded by accelerate, say
             refuse_incomplete(folder)
-        self.guard.attach(model)
-        warn_of_short_reach(pool, kwargs.get("optimizer"), state.max_steps)
+        self.is_fresh = not warm_start.has_started(pool)
+        if self.is_fresh:
+            warn_of_short_reach(pool, kwargs.get("optimizer"), state.max_steps)
         with quiet(self.is_quiet(args)):
             self.take_prompts(pool, loader.dataset, loader.collate_fn)
             self.open_task(pool, model, self.seed_of(args, pool), resumed=state.global_step > 0)
+        self.guard.attach(model)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -166,10 +171,12 @@ class ArmCallback(Reflection, TrainerCallback):
         model = kwargs["model"]
         self.guard.detach()
         check_no_loads(model)
-        warn_of_flat_loss(pool_of(model).current_task, [logs["loss"] for logs in state.log_history if "loss" in logs])
+        pool = pool_of(model)
         if sharding_of(model) is None:
             with quiet(self.is_quiet(args)):
-                self.reflect(model, self.seed_of(args, pool_of(model)))
+                self.reflect(model, self.seed_of(args, pool))
+            if self.is_fresh:
+                warn_of_flat_loss(pool.current_task, state.log_history, state.max_steps)
         else:
             warnings.warn(UNREFLECTED.format(name=pool_of(model).current_task), stacklevel=2)
 

@@ -31,8 +31,14 @@ def quiet(wanted: bool = True) -> Iterator[None]:
 
 
 def is_silent() -> bool:
-    """Whether this process is to say nothing: it was told so, or is not the first of several."""
-    return _quiet.get() or not is_first_process()
+    """Whether this process says nothing: it was told so, is not the first of several, or has nowhere to say it."""
+    return _quiet.get() or sys.stderr is None or not is_first_process()
+
+
+def in_terminal() -> bool:
+    """Whether standard error is a terminal, on which a bar can be drawn."""
+    asked = getattr(sys.stderr, "isatty", None)
+    return bool(asked()) if callable(asked) else False
 
 
 def say(text: str) -> None:
@@ -41,7 +47,6 @@ def say(text: str) -> None:
         return
     _said_at[0] = time.monotonic()
     tqdm.write(f"[{_said_at[0] - _begun:6.0f} s] {text}", file=sys.stderr)
-    sys.stderr.flush()
 
 
 def counted(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
@@ -49,7 +54,7 @@ def counted(items: Iterable[T], what: str, total: int | None = None) -> Iterator
     if is_silent():
         yield from items
         return
-    if sys.stderr.isatty():
+    if in_terminal():
         yield from tqdm(items, desc=what, total=total, leave=False)
         return
     begun = time.monotonic()

@@ -234,8 +234,14 @@ class Reflection:
             )
 
     def close(self, pool: Pool) -> None:
-        """Let go of the prompts: their task is committed."""
-        warn_of_closed_gate(pool, float(pool.memory.targets(pool.adapter)[-1, -1]), ended=True)
+        """The task is committed: note its prompts, and let go of them."""
+        note_prompts(pool, pool.current_task, self.prompts)
+        weight = float(pool.memory.targets(pool.adapter)[-1, -1])
+        self.let_go()
+        warn_of_closed_gate(pool, weight, self.align_steps, ended=True)
+
+    def let_go(self) -> None:
+        """Forget the prompts at hand."""
         self.pooled, self.every, self.groups, self.opened, self.prompts = None, None, None, None, []
 
     def open_task(self, pool: Pool, model: Any, seed: int, resumed: bool = False) -> None:
@@ -245,7 +251,12 @@ class Reflection:
             ReflectionError: there are no prompts.
         """
         assert self.pooled is not None and self.every is not None
-        refuse_new_rows_alone(pool, self.prompts, self.rows)
+        try:
+            refuse_new_rows_alone(pool, self.prompts, self.rows)
+        except ReflectionError:
+            self.let_go()
+            raise
+        pool.memory.undone.pop(pool.adapter, None)  # from here on the task is worked on
         if not (resumed and pool.statistics.known(pool.adapter)[-1]) and sharding_of(pool.base) is None:
             show_everyday_prompts(pool, self.tokenizer, self.prompts)
             pool.statistics.fit(pool.adapter, self.every, self.groups)
@@ -261,7 +272,7 @@ class Reflection:
             with isolated_rng(seed, model):
                 self.align(pool, seed)
         if not resumed and sharding_of(pool.base) is None:
-            warn_of_closed_gate(pool, float(pool.mean_weights(self.pooled)[-1]), ended=False)
+            warn_of_closed_gate(pool, float(pool.mean_weights(self.pooled)[-1]), self.align_steps, ended=False)
 
     def end_task(self, pool: Pool, model: Any, seed: int) -> None:
         """What [`reflect`] says, once it may."""
@@ -270,7 +281,6 @@ class Reflection:
         name, told = pool.current_task, self.ledger.of(pool)
         learned = pool.router.needs_replay
         lifecycle.record_task(pool, name, rows=self.rows, replay=REPLAY[self.replay] if learned else "none")
-        note_prompts(pool, name, self.prompts)
         if not learned:
             told.reports[name] = {"wanted": 0, "kept": 0, "router_rows": len(self.pooled)}
             lifecycle.commit_task(pool, self.pooled, statistics=False)

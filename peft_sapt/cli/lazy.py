@@ -55,7 +55,8 @@ class LazyGroup(click.Group):
         return found
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        if args and args[0] not in self.entries and not args[0].startswith("-"):
+        asked = bool(args) and not ctx.resilient_parsing  # not to complete what is typed
+        if asked and args[0] not in self.entries and not args[0].startswith("-"):
             near = get_close_matches(args[0], self.entries, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise click.UsageError(f"No such command {args[0]!r}.{hint} There are {', '.join(self.entries)}.", ctx)

@@ -14,9 +14,11 @@ from ..storage.atomic import read_bounded
 from ..storage.plain_file import (
     WEIGHTS_NAME,
     Stored,
+    bytes_of,
     differences,
     is_finite,
     is_manifest,
+    opened,
     parse_manifest,
     plain_name,
     read_stored,
@@ -24,26 +26,65 @@ from ..storage.plain_file import (
 )
 
 
-def read_pool(folder: Path) -> tuple[dict[str, Stored], dict[str, Any]]:
-    """Tensors of a pool but its manifest, and the manifest; raises [`PoolFormatError`] if it is not a pool."""
+def weights_in(folder: Path) -> Path:
+    """The weights file in ``folder``; raises [`PoolFormatError`] if there is none."""
     path = folder / WEIGHTS_NAME
     if not path.is_file():
         raise PoolFormatError(f"{folder} holds no {WEIGHTS_NAME}: give the folder of a saved pool.")
+    return path
+
+
+def read_pool(folder: Path) -> tuple[dict[str, Stored], dict[str, Any]]:
+    """Tensors of a pool but its manifest, and the manifest; raises [`PoolFormatError`] if it is not a pool."""
+    path = weights_in(folder)
     tensors = read_stored(path)
     names = [name for name in tensors if is_manifest(name)]
     if len(names) != 1:
         raise PoolFormatError(f"{path} has no pool's manifest: it is not a pool of peft-sapt.")
     manifest = parse_manifest(bytes(tensors.pop(names[0]).data))
-    return tensors, manifest
+    return tensors, checked_manifest(path, manifest)
+
+
+def read_header(folder: Path) -> tuple[dict[str, int], dict[str, Any]]:
+    """Bytes of each tensor of a pool but its manifest, and the manifest, which alone is read; raises as [`read_pool`]
+    does."""
+    path = weights_in(folder)
+    with opened(path, framework="numpy") as file:
+        names = list(file.keys())
+        told = [name for name in names if is_manifest(name)]
+        if len(told) != 1:
+            raise PoolFormatError(f"{path} has no pool's manifest: it is not a pool of peft-sapt.")
+        manifest = parse_manifest(file.get_tensor(told[0]).tobytes())
+        slices = {name: file.get_slice(name) for name in names if name not in told}
+        sizes = {name: bytes_of(part.get_dtype(), part.get_shape()) for name, part in slices.items()}
+    return sizes, checked_manifest(path, manifest)
+
+
+def checked_manifest(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """``manifest``, if it describes its tasks; raises [`PoolFormatError`] if it does not."""
+    tasks, config = manifest.get("tasks"), manifest.get("config")
+    good = isinstance(config, dict) and isinstance(tasks, list) and all(isinstance(name, str) for name in tasks)
+    if isinstance(tasks, list) and good:
+        lists = [manifest.get(key) for key in ("ranks", "scalings", "replay_rows", "committed")]
+        good = all(isinstance(v, list) and len(v) == len(tasks) for v in lists)
+        good = good and all(type(value) in (int, float, bool) for values in lists for value in values or ())
+    if not good:
+        raise PoolFormatError(f"The manifest in {path} does not describe a pool's tasks: the weights file is damaged.")
+    return manifest
 
 
 def own_config(folder: Path) -> dict[str, Any]:
-    """The adapter_config.json of a pool, which alone names its base model; empty where there is none to read."""
+    """What adapter_config.json alone tells of a pool: the name of its base model, and the records of its tasks."""
     try:
         found = json.loads(read_bounded(folder / "adapter_config.json"))
-    except (OSError, ValueError):
+    except (OSError, RecursionError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    found = found if isinstance(found, dict) else {}
+    records = found.get("records")
+    return {
+        "base": found.get("base_model_name_or_path"),
+        "records": {k: r for k, r in records.items() if isinstance(r, dict)} if isinstance(records, dict) else {},
+    }
 
 
 def verified(folder: Path) -> int:
@@ -64,14 +105,14 @@ def verified(folder: Path) -> int:
 def show(folder: Path) -> None:
     """Tasks of the pool in FOLDER, oldest first: rank, scaling, state, replay rows, prompts in the statistics, bytes;
     and which prompts the base model answers."""
-    tensors, manifest = read_pool(folder)
-    size = sum(len(stored.data) for stored in tensors.values())
-    config = {**manifest["config"], **own_config(folder)}
-    click.echo(f"{folder}: {len(manifest['tasks'])} tasks, {size / 1e6:.2f} MB, format {manifest['format_version']}")
+    sizes, manifest = read_header(folder)
+    config, own = manifest["config"], own_config(folder)
     click.echo(
-        f"base model {config.get('base_model_name_or_path') or 'unnamed'}; router {config.get('router')}, "
-        f"features {config.get('features')}, fallback {config.get('fallback')}"
+        f"{folder}: {len(manifest['tasks'])} tasks, {sum(sizes.values()) / 1e6:.2f} MB, "
+        f"format {manifest['format_version']}"
     )
+    settings = ", ".join(f"{name} {config.get(name)!r}" for name in ("router", "features", "fallback"))
+    click.echo(f"base model {own.get('base')!r}, {settings}")
     wide = max([len("task"), *map(len, manifest["tasks"])]) + 2
     click.echo(f"{'task':<{wide}}{'rank':>6}{'scaling':>10}{'replay rows':>13}{'statistics of':>15}  state")
     for i, name in enumerate(manifest["tasks"]):
@@ -80,10 +121,10 @@ def show(folder: Path) -> None:
         known = (manifest.get("statistics") or [0] * len(manifest["tasks"]))[i]
         click.echo(f"{name:<{wide}}{rank:>6}{scaling:>10.3g}{rows:>13}{known:>15}  {state}")
     for name in manifest["tasks"]:
-        example = ((config.get("records") or {}).get(name) or {}).get("example")
+        example = own.get("records", {}).get(name, {}).get("example")
         if example:
             click.echo(f"a prompt of {name}: {example!r}")
-    click.echo(other_prompts(config, manifest, as_code=repr).replace("`", ""))
+    click.echo(other_prompts({**config, "tasks": manifest["tasks"]}, manifest, as_code=repr).replace("`", ""))
 
 
 @click.command("verify")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..arm.progress import EVERY, say
+from ..arm.progress import EVERY, in_terminal, say
 
 
 class TaskProgress(TrainerCallback):
@@ -24,7 +23,7 @@ class TaskProgress(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if sys.stderr.isatty():
+        if in_terminal():
             self.bar = tqdm(total=state.max_steps, desc=f"  learning {self.name}", leave=False)
 
     def on_step_begin(
@@ -60,5 +59,5 @@ class TaskProgress(TrainerCallback):
     ) -> None:
         if self.bar is not None:
             self.bar.close()
-        seconds = time.monotonic() - self.begun
+        seconds = time.monotonic() - (self.begun or time.monotonic())
         say(f"  {self.name}: {state.global_step} steps in {seconds:.0f} s{self.loss}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -145,8 +146,14 @@ def examples(data: CardData) -> list[str]:
     known = [(name, data.record(name)["example"]) for name in data.tasks if data.record(name).get("example")]
     if not known:
         return []
-    lines = [f"- {code(name)}: {code(json.dumps(text, ensure_ascii=False))}" for name, text in known]
+    lines = [f"- {code(name)}: {code(as_json(text))}" for name, text in known]
     return ["## Prompts", "As the model gets them, `\\n` being a line break:", "\n".join(lines)]
+
+
+def as_json(text: str) -> str:
+    """``text`` in quotation marks; blanks that a page would swallow stand as their codes."""
+    shown = json.dumps(text, ensure_ascii=False)
+    return re.sub(r"(?<= ) |[^\S ]", lambda found: f"\\u{ord(found.group()):04x}", shown)
 
 
 def own_weights(data: CardData) -> list[str]:
@@ -215,7 +222,10 @@ def data_notes(data: CardData) -> str:
             f"and no prompt: {listed}."
         )
     if any(data.record(name).get("prompts") for name in data.tasks):
-        lines.append("`adapter_config.json` has short digests of up to twenty prompts of each task.")
+        lines.append(
+            "`adapter_config.json` has short digests of up to a hundred prompts of each task, by which a guess can be "
+            "confirmed."
+        )
     if data.router and data.router.keeps:
         lines.append(data.router.keeps)
     for kind in sorted({data.record(name).get("replay", "prompts") for name, rows in stored.items() if rows}):

@@ -28,12 +28,7 @@ def add_task(pool: Pool, name: str, r: int | None = None, lora_alpha: float | No
             f"Task {name!r} is already in the pool ({pool.tasks}): choose another name, or remove_task({name!r})."
         )
     rank, alpha = config.r if r is None else r, config.lora_alpha if lora_alpha is None else lora_alpha
-    grown = SaptConfig(
-        tasks=[*config.tasks, name],
-        task_ranks=[*config.task_ranks, rank],
-        task_alphas=[*config.task_alphas, alpha],
-        replay_rows=[*config.replay_rows, 0],
-    )
+    grown_by(config, name, rank, alpha)  # which refuses what cannot be, before anything is changed
     if config.modules_to_save or config.task_type in HEAD_TASK_TYPES:
         raise TaskError(
             f"A second task is refused: a pool with modules_to_save or of type {config.task_type} has one head "
@@ -46,10 +41,20 @@ def add_task(pool: Pool, name: str, r: int | None = None, lora_alpha: float | No
         reference = next(p for attr in module.stacks for p in getattr(module, attr)[pool.adapter].parameters())
         newest = module.newest_part(pool.adapter, rank)
         module.append_task(pool.adapter, {k: v.to(reference.device, reference.dtype) for k, v in newest.items()})
-    set_tasks(pool, grown, [*range(len(config.tasks)), -1])
+    set_tasks(pool, grown_by(pool.config, name, rank, alpha), [*range(len(config.tasks)), -1])
     welcome_back(pool, name)
     pool.memory.show_own_config(pool.adapter).inference_mode = False
     pool.refresh_trainable()
+
+
+def grown_by(config: SaptConfig, name: str, rank: int, alpha: float) -> SaptConfig:
+    """The tasks of ``config`` and one more."""
+    return SaptConfig(
+        tasks=[*config.tasks, name],
+        task_ranks=[*config.task_ranks, rank],
+        task_alphas=[*config.task_alphas, alpha],
+        replay_rows=[*config.replay_rows, 0],
+    )
 
 
 def remove_task(pool: Pool, name: str, forget: bool = False) -> None:
@@ -161,6 +166,7 @@ def commit_task(
     else:
         target = torch.eye(len(pool.tasks))[-1]
     memory.commit(adapter, target, rows)
+    forget_prompts(pool)  # which may be of an earlier training; a callback notes those of this one
     pool.statistics.close(adapter)
     freeze_committed(pool.base)
 
@@ -203,8 +209,10 @@ def refuse_unmoved(pool: Pool) -> None:
 def reopen_task(pool: Pool, forget: bool = False) -> None:
     """See [`SaptModel.reopen_task`]."""
     pool.refuse_sharded("reopen_task")
-    if forget and pool.current_task in pool.config.records:
-        pool.memory.show_own_config(pool.adapter).records[pool.current_task].pop("prompts", None)
+    if forget:
+        forget_prompts(pool)
+    if not pool.is_committed:
+        return
     pool.memory.reopen(pool.adapter)
     pool.statistics.reopen(pool.adapter)
     pool.router.reopen(pool.adapter)
@@ -227,6 +235,15 @@ def close_again(pool: Pool) -> bool:
     pool.statistics.close(adapter)
     freeze_committed(pool.base)
     return True
+
+
+def forget_prompts(pool: Pool) -> None:
+    """Take the digests of prompts out of the current task's record."""
+    record = pool.config.records.get(pool.current_task, {})
+    if "prompts" in record:
+        kept = {key: value for key, value in record.items() if key != "prompts"}
+        config = pool.memory.show_own_config(pool.adapter)
+        config.records = {**config.records, pool.current_task: kept}
 
 
 def record_task(pool: Pool, name: str, **fields: str | float | None) -> None:

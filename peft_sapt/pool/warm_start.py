@@ -13,6 +13,8 @@ def has_started(pool: Pool) -> bool:
     """Whether the current task's block can be seen to have trained, or its router to know it."""
     if pool.router.is_fitted(pool.adapter) or pool.memory.seen(pool.adapter):
         return True
+    if pool.memory.training_of(pool.adapter).block_is_copied:
+        return True
     return any(module.has_trained(pool.adapter) for module in pool.modules())
 
 
@@ -53,4 +55,5 @@ def continue_task(pool: Pool, name: str, new_name: str | None = None) -> str:
     shares[index] = 1.0
     for module in pool.modules():
         module.init_from_mixture(pool.adapter, shares)
+    pool.memory.training_of(pool.adapter).block_is_copied = True
     return new_name

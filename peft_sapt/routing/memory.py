@@ -28,6 +28,7 @@ class Training:
     block_is_held: bool = False  # an optimizer that holds a part of the block has taken a step
     router_is_held: bool = False  # or one that holds parts of the router alone
     block_is_imported: bool = False  # it came from elsewhere, and need not move
+    block_is_copied: bool = False  # it started as a copy of another task's
     reopened: Any = None  # sums of its block as it was when a committed task was opened again
 
 
@@ -156,6 +157,7 @@ class TaskMemory(FreePoolModule):
             own = torch.eye(len(kept), device=old.device) * done.unsqueeze(1)
             targets = torch.where(left > 1e-6, targets / left, own)
         replay = self.replay(adapter)
+        self.undone.pop(adapter, None)
         self.sapt_targets[adapter] = linear_from(targets)
         self.set_replay(adapter, [replay[i] if i >= 0 else replay[0][:0] for i in kept])
         if kept[-1] != len(old) - 1:

@@ -60,7 +60,8 @@ def left_out_scores(x: Tensor, gram: Tensor, means: Tensor, ridge: float, task: 
 
 
 def calibrated_temperature(scores: Tensor, task: int, own_share: float = OWN_SHARE) -> float:
-    """The softest temperature that leaves ``task`` its share of the attention on its own rows.
+    """The softest temperature that leaves ``task`` its share of the attention on its own rows, and on the quarter of
+    them that it leads by least: those in a chat template, say, where it was trained on others.
 
     It has ``own_share`` there, times the share of rows that it leads, less a standard error: rows with another leader
     would only lose by a sharper softmax, and where no task can be told from another the weights stay even.
@@ -68,6 +69,14 @@ def calibrated_temperature(scores: Tensor, task: int, own_share: float = OWN_SHA
     Args:
         scores: [n, T] of rows of ``task``.
     """
+    others = scores.clone()
+    others[:, task] = -torch.inf
+    nearest = (scores[:, task] - others.amax(dim=-1)).argsort()[: -(-len(scores) // 4)]
+    return min(softest(scores, task, own_share), softest(scores[nearest], task, own_share))
+
+
+def softest(scores: Tensor, task: int, own_share: float) -> float:
+    """[`calibrated_temperature`] on these rows alone, [n, T]."""
     every = TEMPERATURES.to(scores.device)
     own = (scores / every[:, None, None]).softmax(dim=-1)[..., task].mean(dim=-1)  # [temperatures]
     led = (scores.argmax(dim=-1) == task).double().mean()

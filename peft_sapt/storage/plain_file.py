@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,6 +53,9 @@ FAULTS: tuple[tuple[str, type[PoolFormatError], str], ...] = (
 DTYPES = {
     "BOOL": "bool",
     "U8": "uint8",
+    "U16": "uint16",
+    "U32": "uint32",
+    "U64": "uint64",
     "I8": "int8",
     "I16": "int16",
     "I32": "int32",
@@ -61,8 +66,24 @@ DTYPES = {
     "F64": "float64",
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+    "C64": "complex64",
 }
-EXPONENTS = {"F16": (2, 0x7C00), "BF16": (2, 0x7F80), "F32": (4, 0x7F800000), "F64": (8, 0x7FF0000000000000)}
+# of floating-point dtypes: bytes of a number, and bits that are all set in NaN and infinity alone
+EXPONENTS = {
+    "F16": (2, 0x7C00),
+    "BF16": (2, 0x7F80),
+    "F32": (4, 0x7F800000),
+    "F64": (8, 0x7FF0000000000000),
+    "C64": (4, 0x7F800000),  # two numbers
+    "F8_E5M2": (1, 0x7C),
+    "F8_E4M3": (1, 0x7F),  # which has no infinity
+    "F8_E8M0": (1, 0xFF),
+}
+MINUS_ZERO = {"F8_E4M3FNUZ", "F8_E5M2FNUZ"}  # in which NaN stands in the place of -0
+BITS = re.compile(r"\d+")
 
 
 class Stored(NamedTuple):
@@ -114,15 +135,26 @@ def digest_of(dtype: str, shape: Iterable[int], data: Any) -> str:
 
 
 def stored_digest(stored: Stored) -> str:
-    """The digest that the tensor has in memory."""
-    return digest_of(DTYPES.get(stored.dtype, stored.dtype), stored.shape, stored.data)
+    """The digest that the tensor has in memory; raises [`PoolFormatError`] for a dtype that no pool has."""
+    if stored.dtype not in DTYPES:
+        raise PoolFormatError(f"A tensor has the dtype {stored.dtype}, which no pool has. {CURE}")
+    return digest_of(DTYPES[stored.dtype], stored.shape, stored.data)
+
+
+def bytes_of(dtype: str, shape: list[int]) -> int:
+    """Bytes of a tensor of ``dtype``, as safetensors names it."""
+    width = BITS.search(dtype)
+    return math.prod(shape) * (int(width[0]) if width else 8) // 8
 
 
 def is_finite(stored: Stored) -> bool:
-    """Whether no number of a tensor is NaN or infinite, all of which have every bit of the exponent set."""
+    """Whether no number of a tensor is NaN or infinite."""
+    import numpy as np
+
+    if stored.dtype in MINUS_ZERO:
+        return 0x80 not in bytes(stored.data)
     if stored.dtype not in EXPONENTS:
         return True
-    import numpy as np
 
     width, exponent = EXPONENTS[stored.dtype]
     bits = np.frombuffer(stored.data, dtype=f"<u{width}")

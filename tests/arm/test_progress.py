@@ -117,16 +117,65 @@ def test_a_gate_that_stays_closed_is_told(tmp_path) -> None:
         trainer(model, tmp_path, "b", [closed], max_steps=2).train()
     texts = [str(warning.message) for warning in told if warning.category is LearningWarning]
     assert any("before its first step" in text for text in texts) and any("ends with a weight of" in t for t in texts)
+    assert all("align_steps=400" in text for text in texts if "weight of" in text)
     pool = model.base_model.pool
     with warnings.catch_warnings():
         warnings.simplefilter("error", LearningWarning)
-        warn_of_closed_gate(pool, 0.5, ended=True)
+        warn_of_closed_gate(pool, 0.5, 400, ended=True)
+    with pytest.warns(LearningWarning, match="router='ridge' in a new pool"):
+        warn_of_closed_gate(pool, 0.4, 400, ended=True)
+
+
+def history(*losses: float, every: int = 4) -> list[dict[str, float]]:
+    return [{"loss": loss, "step": every * (i + 1)} for i, loss in enumerate(losses)]
 
 
 def test_a_loss_that_does_not_fall_is_told() -> None:
-    with pytest.warns(LearningWarning, match=r"'a' was 3\.1 .* is 3\.05 at the end"):
-        warn_of_flat_loss("a", [3.1, 3.2, 3.05])
+    with pytest.warns(LearningWarning, match=r"'a' did not fall: it was 3\.1 .* is 3\.05 at the end"):
+        warn_of_flat_loss("a", history(3.1, 3.2, 3.05), 12)
+
+
+@pytest.mark.parametrize(
+    "logged",
+    [
+        [],
+        history(3.0),
+        history(3.0, 2.0),
+        history(0.0011, 0.0012),  # at its floor
+        history(1.21, 1.20, every=500),  # a mean over steps after the fall
+        [{"eval_loss": 3.0}, {"loss": 3.0, "step": 1}],
+    ],
+)
+def test_other_losses_are_not(logged) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", LearningWarning)
-        for losses in ([], [3.0], [3.0, 2.0], [0.0, 0.0]):
-            warn_of_flat_loss("a", losses)
+        warn_of_flat_loss("a", logged, 1000)
+
+
+def test_a_warning_made_an_error_loses_no_training(tmp_path) -> None:
+    """It comes when the task is committed."""
+    model, arm = fresh_pool(), ArmCallback(tokenizer())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", LearningWarning)
+        with pytest.raises(LearningWarning, match="did not fall"):
+            trainer(model, tmp_path, "a", [arm], learning_rate=1e-3, max_grad_norm=1e-12, max_steps=20).train()
+    assert model.committed_tasks == ["a"]
+
+
+def test_schedules_that_begin_low_are_read_by_their_highest_rate() -> None:
+    model = fresh_pool()
+    own = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(own, lr=1e-9)
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, total_steps=12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", LearningWarning)
+        warn_of_short_reach(model.base_model.pool, optimizer, 12)
+
+
+def test_the_advice_is_never_what_is_set_already() -> None:
+    model = fresh_pool()
+    own = [p for p in model.parameters() if p.requires_grad]
+    pool = model.base_model.pool
+    pool.config.task_alphas = [0.1]  # so small that no usual rate is enough
+    with pytest.warns(LearningWarning, match="Try more steps, or a larger lora_alpha"):
+        warn_of_short_reach(pool, torch.optim.AdamW(own, lr=6e-3), 1)

@@ -88,8 +88,11 @@ def test_the_console_script_is_quick(folder, arguments) -> None:
     assert min(seconds) <= LIMIT
 
 
-def test_the_import_makes_the_method_known_at_once() -> None:
+@pytest.mark.parametrize("argv", ["[]", "['']", "['peft-sapt.py']", "['tests']", "None"])
+def test_the_import_makes_the_method_known_at_once(argv: str) -> None:
+    """Whatever else may be in sys.argv."""
     code = (
+        f"import sys; sys.argv = {argv}\n"
         "import peft_sapt\n"
         "from peft import PeftType, get_peft_config\n"
         "assert PeftType.SAPT == 'SAPT' and get_peft_config({'peft_type': 'SAPT'}).router == 'attention'\n"
