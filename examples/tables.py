@@ -33,7 +33,6 @@ SHORT = (
     "epi",
     "sapt-paper",
     "sapt",
-    "sapt-ridge",
 )  # methods of the README's table
 RESULTS = Path(__file__).parent / "results"
 Result = dict[str, Any]
@@ -115,6 +114,7 @@ def routing_table(results: list[Result]) -> str:
 
 def stream_table(results: list[Result]) -> str:
     """A long stream: routing and own weight over all tasks so far after each stage, and the scores at the end."""
+    results = [r for r in results if r["order"] == "listed"]
     found = {r["method"]: r for r in results}
     methods = [m for m in LABELS if m in found and "routing_by_stage" in found[m]]
     head = ["after task", *(f"{LABELS[m]}: {what}" for m in methods for what in ("routing %", "own weight", "score"))]
