@@ -31,7 +31,11 @@ def test_each_score_comes_from_its_own_weights(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(subject, "evaluate", spying)
     found = score_unseen(bench, model, ["other"])["other"]
     assert set(found["blocks"]) == {"first", "second"} and sum(found["weights"].values()) == pytest.approx(1)
-    kinds = [asked[i * len(asked) // 4] for i in range(4)]  # base, mixture, two blocks: as many forwards each
+    kinds = [asked[i * len(asked) // 5] for i in range(5)]  # base, mixture, its leader, two blocks: as many forwards
     assert kinds[0] is None
     torch.testing.assert_close(kinds[1], torch.tensor(list(found["weights"].values())), atol=1e-5, rtol=0)
-    assert kinds[2].tolist() == [1, 0] and kinds[3].tolist() == [0, 1]
+    lead = max(found["weights"], key=found["weights"].get)
+    assert kinds[2].tolist() == [float(lead == "first"), float(lead == "second")]
+    assert kinds[3].tolist() == [1, 0] and kinds[4].tolist() == [0, 1]
+    config = model.base_model.pool.config
+    assert config.top_k is None and not config.renormalize, "put back"
