@@ -12,6 +12,8 @@ import pdoc
 import peft
 
 import peft_sapt
+import peft_sapt.hub
+import peft_sapt.report
 from peft_sapt.continual.frozen_prefix import KnownRow
 from peft_sapt.ops.devtools.compile_check import Compiled, Variant
 from peft_sapt.ops.devtools.timings import Timing
@@ -49,6 +51,9 @@ def build(folder: Path) -> list[str]:
         Variant,
     ):  # a named tuple's constructor does not know its module's names
         cls.__new__.__annotations__ = typing.get_type_hints(cls)
+    for room in (peft_sapt.hub, peft_sapt.report):  # which import their public names when asked for
+        for name in room.__all__:
+            setattr(room, name, getattr(room, name))
     names = modules()
     pdoc.render.configure(docformat="google", show_source=True)
     with warnings.catch_warnings():

@@ -275,7 +275,7 @@ def test_in_a_terminal_it_shows_progress(model, tasks, tmp_path) -> None:
     source = ["--model", str(model), "--tasks-dir", str(tasks), *SMALL]
     code, text = run_in_terminal("bench", "--methods", "sapt-ridge", "--out", "b", *source, cwd=tmp_path)
     assert code == 0, text
-    for bar in ("run 1 of 2:", "SAPT: task 1 of", "learning first", "one LoRA per task, known: task 1"):
+    for bar in ("run 1 of 2:", "SAPT: task 1 of", "learning first", "one LoRA per task: task 1"):
         assert bar in text, text[-3000:]
     assert "{'loss'" not in text and "FutureWarning" not in text, "lines of others stay out"
     code, text = run_in_terminal("--help", cwd=tmp_path)
