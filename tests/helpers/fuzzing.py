@@ -233,13 +233,14 @@ def parsers(folder: Path) -> list[Parser]:
         read_attention(folder / "attention.pkl")
 
     return [
-        Parser("manifest", manifests, {"storage/manifest.py": "read_manifest differences check_loaded",
+        Parser("manifest", manifests, {"storage/manifest.py": "read_manifest check_loaded",
+                                       "storage/plain_file.py": "parse_manifest differences",
                                        "storage/fingerprint.py": "checked"}),
         Parser("config", configs, {"config.py": "__post_init__ check_ranges _check_tasks _check_auto_mapping",
                                    "pool/config_file.py": "read_values load_config reconciled",
                                    "validation.py": "check_task_name is_number is_positive is_int checked_record "
                                    "checked_records"}),
-        Parser("weights header", headers, {"storage/manifest.py": "opened"}),
+        Parser("weights header", headers, {"storage/plain_file.py": "opened refusing"}),
         Parser("JSONL stream", streams, {"continual/streams.py": "load_folder files_of _read bounded checked"}),
         Parser("checkpoint marker", markers, {"storage/checkpoints.py": "fault_of"}),
         Parser("generator", drawings, {"arm/stored.py": "read_drawing _lists"}),
