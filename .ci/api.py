@@ -13,7 +13,6 @@ import peft
 
 import peft_sapt
 import peft_sapt.hub
-import peft_sapt.report
 from peft_sapt.continual.frozen_prefix import KnownRow
 from peft_sapt.ops.devtools.compile_check import Compiled, Variant
 from peft_sapt.ops.devtools.timings import Timing
@@ -51,9 +50,8 @@ def build(folder: Path) -> list[str]:
         Variant,
     ):  # a named tuple's constructor does not know its module's names
         cls.__new__.__annotations__ = typing.get_type_hints(cls)
-    for room in (peft_sapt.hub, peft_sapt.report):  # which import their public names when asked for
-        for name in room.__all__:
-            setattr(room, name, getattr(room, name))
+    for name in peft_sapt.hub.__all__:  # which are imported when asked for
+        setattr(peft_sapt.hub, name, getattr(peft_sapt.hub, name))
     names = modules()
     pdoc.render.configure(docformat="google", show_source=True)
     with warnings.catch_warnings():

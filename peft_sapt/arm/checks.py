@@ -41,6 +41,13 @@ def check_arguments(args: TrainingArguments) -> None:
         raise ReflectionError("nn.DataParallel is not supported: start the script with torchrun or accelerate launch.")
 
 
+def unwrapped(optimizer: Any) -> Any:
+    """The optimizer inside of accelerate's wrappers."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
 def check_optimizer(model: Any, pool: Pool, optimizer: Any) -> None:
     """Refuse an optimizer that does not hold what is about to train, as one that was built before ``add_task``.
 
@@ -49,8 +56,7 @@ def check_optimizer(model: Any, pool: Pool, optimizer: Any) -> None:
     Raises:
         TrainingError: it names the parameters that would not move.
     """
-    while hasattr(optimizer, "optimizer"):  # accelerate's wrappers
-        optimizer = optimizer.optimizer
+    optimizer = unwrapped(optimizer)
     if not isinstance(optimizer, torch.optim.Optimizer) or sharding_of(pool.base) is not None:
         return
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}

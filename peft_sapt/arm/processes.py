@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def is_first_process() -> bool:
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+    return not in_several() or dist.get_rank() == 0
 
 
 def in_several() -> bool:

@@ -10,6 +10,7 @@ import torch
 from ..pool.view import Pool
 from ..pool_module import sharding_of
 from ..routing.optimizers import newest_block
+from .checks import unwrapped
 
 LEAST_REACH = 0.02  # of a block: its scaling, times learning rate, times steps
 LEAST_FALL = 0.02  # of the loss over a training, as a share of its first value; long answers fall little
@@ -29,8 +30,7 @@ def warn_of_short_reach(pool: Pool, optimizer: Any, steps: int) -> None:
     Adam moves a number by about the learning rate in each step. With B = 0 at first, after n steps the output has
     moved by about ``scaling * rate * n`` of what the layer gives.
     """
-    while hasattr(optimizer, "optimizer"):  # accelerate's wrappers
-        optimizer = optimizer.optimizer
+    optimizer = unwrapped(optimizer)
     if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)) or pool.config.block != "lora":
         return
     if sharding_of(pool.base) is not None:

@@ -79,7 +79,7 @@ def of_task(bench: Bench, model: PeftModel, name: str) -> dict[str, float | None
     """Score, score with answers held to the task's labels, and how a pool with that task routes its prompts."""
     from ..continual.answering import answers, mean_score, scored_rows, weights_of_prompts
     from ..continual.method import labels_of
-    from ..continual.sapt import percent_led
+    from ..continual.sapt import percent_led, percent_left
 
     rows, labels = scored_rows(bench, name), labels_of(bench, name)
     found: dict[str, float | None] = {"score": mean_score(bench, rows, answers(bench, model, rows))}
@@ -91,7 +91,7 @@ def of_task(bench: Bench, model: PeftModel, name: str) -> dict[str, float | None
         own = tasks.index(name) if name in tasks else None
         led = None if own is None else percent_led(weights, own)
         found |= {"routing %": led, "own weight": None if own is None else float(weights[:, own].mean())}
-        found["left to base %"] = 100.0 * float((~weights.any(dim=1)).float().mean())
+        found["left to base %"] = percent_left(weights)
     return found
 
 

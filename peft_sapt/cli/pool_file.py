@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,19 @@ def weights_in(folder: Path) -> Path:
     return path
 
 
+def manifest_in(path: Path, names: Iterable[str]) -> str:
+    """Which of the tensors' ``names`` in a file is its manifest; raises [`PoolFormatError`] if none is, or several."""
+    found = [name for name in names if is_manifest(name)]
+    if len(found) != 1:
+        raise PoolFormatError(f"{path} has no pool's manifest: it is not a pool of peft-sapt.")
+    return found[0]
+
+
 def read_pool(folder: Path) -> tuple[dict[str, Stored], dict[str, Any]]:
     """Tensors of a pool but its manifest, and the manifest; raises [`PoolFormatError`] if it is not a pool."""
     path = weights_in(folder)
     tensors = read_stored(path)
-    names = [name for name in tensors if is_manifest(name)]
-    if len(names) != 1:
-        raise PoolFormatError(f"{path} has no pool's manifest: it is not a pool of peft-sapt.")
-    manifest = parse_manifest(bytes(tensors.pop(names[0]).data))
+    manifest = parse_manifest(bytes(tensors.pop(manifest_in(path, tensors)).data))
     return tensors, checked_manifest(path, manifest)
 
 
@@ -51,23 +57,24 @@ def read_header(folder: Path) -> tuple[dict[str, int], dict[str, Any]]:
     path = weights_in(folder)
     with opened(path, framework="numpy") as file:
         names = list(file.keys())
-        told = [name for name in names if is_manifest(name)]
-        if len(told) != 1:
-            raise PoolFormatError(f"{path} has no pool's manifest: it is not a pool of peft-sapt.")
-        manifest = parse_manifest(file.get_tensor(told[0]).tobytes())
-        slices = {name: file.get_slice(name) for name in names if name not in told}
+        told = manifest_in(path, names)
+        manifest = parse_manifest(file.get_tensor(told).tobytes())
+        slices = {name: file.get_slice(name) for name in names if name != told}
         sizes = {name: bytes_of(part.get_dtype(), part.get_shape()) for name, part in slices.items()}
     return sizes, checked_manifest(path, manifest)
 
 
 def checked_manifest(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """``manifest``, if it describes its tasks; raises [`PoolFormatError`] if it does not."""
-    tasks, config = manifest.get("tasks"), manifest.get("config")
-    good = isinstance(config, dict) and isinstance(tasks, list) and all(isinstance(name, str) for name in tasks)
-    if isinstance(tasks, list) and good:
-        lists = [manifest.get(key) for key in ("ranks", "scalings", "replay_rows", "committed")]
-        good = all(isinstance(v, list) and len(v) == len(tasks) for v in lists)
-        good = good and all(type(value) in (int, float, bool) for values in lists for value in values or ())
+    tasks = manifest.get("tasks")
+    lists = [manifest.get(key) for key in ("ranks", "scalings", "replay_rows", "committed")]
+    good = (
+        isinstance(manifest.get("config"), dict)
+        and isinstance(tasks, list)
+        and all(isinstance(name, str) for name in tasks)
+        and all(isinstance(values, list) and len(values) == len(tasks) for values in lists)
+        and all(type(value) in (int, float, bool) for values in lists for value in values or ())
+    )
     if not good:
         raise PoolFormatError(f"The manifest in {path} does not describe a pool's tasks: the weights file is damaged.")
     return manifest

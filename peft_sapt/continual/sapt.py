@@ -198,6 +198,11 @@ def percent_led(weights: Tensor, task: int) -> float:
     return 100.0 * float(((weights.argmax(dim=1) == task) & weights.any(dim=1)).float().mean())
 
 
+def percent_left(weights: Tensor) -> float:
+    """Percent of prompts, with weights [N, T], that are left to the base model."""
+    return 100.0 * float((~weights.any(dim=1)).float().mean())
+
+
 def pseudo_reports(bench: Bench, model: PeftModel, arm: ArmCallback) -> Found:
     """The callback's counts, and counted again at the end: kept texts that are a training prompt verbatim, and percent
     of kept pseudo-samples whose own block leads."""
@@ -220,5 +225,5 @@ def attention_of(bench: Bench, model: PeftModel) -> Found:
         "mean_weights": [attention[name].mean(dim=0).tolist() for name in names],
         "prompt_weights": {n: [[float(f"{v:.4g}") for v in row] for row in attention[n].tolist()] for n in names},
         "routing": [percent_led(attention[n], i) for i, n in enumerate(names)],
-        "left_to_base": [100.0 * float((~attention[n].any(dim=1)).float().mean()) for n in names],
+        "left_to_base": [percent_left(attention[n]) for n in names],
     }

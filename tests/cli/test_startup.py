@@ -128,3 +128,13 @@ def test_a_process_that_the_script_has_started_has_the_whole_package(tmp_path) -
     )
     done = subprocess.run([sys.executable, tmp_path / "peft-sapt"], env=environment(), capture_output=True, text=True)
     assert done.stdout.strip() == "[True]", done.stderr
+
+
+def test_choices_that_help_shows_are_those_there_are() -> None:
+    """They stand once more where no torch is imported."""
+    from peft_sapt.cli import report
+    from peft_sapt.continual import labels, methods, options, scoring
+    from peft_sapt.report import FORMATS
+
+    assert tuple(FORMATS) == report.FORMATS and tuple(scoring.METRICS) == options.METRICS
+    assert labels.LABELS.keys() == methods.METHODS.keys()
